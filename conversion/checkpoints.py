@@ -1,0 +1,340 @@
+"""Weight files in and out: foreign files read as plain state dicts, results written whole or not at all.
+
+Nothing that a file holds is ever executed. Reads `torch.save` files (zip and the older single-pickle layout),
+TorchScript archives, safetensors, and transformers or open_clip folders.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from conversion.torchscript import (
+    HarmlessUnpickler,
+    UnsafeGlobalError,
+    is_torchscript,
+    read_pickle_of,
+    read_torchscript,
+)
+
+# Where training scripts keep the state dict inside the saved dictionary, in the order of preference.
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+# Prefixes that wrappers of the model add to every name: DistributedDataParallel, torch.compile.
+PREFIXES = ("module.", "_orig_mod.")
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+LEGACY_MAGIC = (
+    0x1950A86A20F9469CFC6C  # first pickle of a torch.save file before the zip layout (torch/serialization.py)
+)
+LONGEST_SAFETENSORS_HEADER = 100_000_000  # bytes; limit of the safetensors format
+DOWNLOAD_AGAIN = "download the file again and compare its size or SHA-256 with the source"
+# Names that only one family of checkpoints has: for saying what a file is that a converter refuses.
+FAMILIES = (
+    (r"(clip\.)?text_model\.final_norm\.", "hf_vlp's own CLIP, already converted: AutoModel loads it"),
+    (r"text_decoder\.", "CoCa of open_clip"),
+    (r"visual\.trunk\.", "open_clip with a timm image tower"),
+    (r"visual\.(conv1|transformer|layer1|attnpool)\.", "CLIP in OpenAI's or open_clip's layout"),
+    (r"(vision_model\.)?head\.probe", "transformers' SigLIP"),
+    (r"(vision|text)_model\.encoder\.layers\.", "transformers' CLIP or a relative"),
+    (r"visual_encoder(_m)?\.blocks\.", "ALBEF or BLIP"),
+    (r"transformer\.blocks\.\d+\.(mlp_vl|mlp_imag|gamma_1)", "VLMo"),
+    (r"transformer\.blocks\.\d+\.|token_type_embeddings\.", "ViLT"),
+    (r"(bert\.)?encoder\.c_layer\.", "ViLBERT"),
+    (r"(img_enc|txt_enc)\.", "VSE-infinity"),
+    (r"(bert\.|roberta\.)?(encoder\.layer\.\d+\.attention\.self|embeddings\.word_embeddings)\.", "BERT or a relative"),
+    (r"blocks\.\d+\.(attn|mlp)\.", "a timm vision transformer"),
+    (r"(conv1|layer1\.0\.conv1)\.weight", "a torchvision or timm ResNet"),
+)
+
+
+class CheckpointError(ValueError):
+    """A weight file that cannot be read: names the file, the reason and the remedy."""
+
+    def __init__(self, path, reason: str, remedy: str):
+        super().__init__(f"{path}: {reason}. Remedy: {remedy}.")
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A weight file that asks for more than tensors and plain containers. Nothing of it was run."""
+
+    def __init__(self, path, name: str):
+        super().__init__(
+            path,
+            f"the file asks to call {name}, which no state dict needs; nothing was run",
+            "get the weights from a source you trust, as safetensors or as a plain state dict of tensors",
+        )
+
+
+def read_checkpoint(path, sha256: str | None = None) -> dict[str, torch.Tensor]:
+    """Read a weight file or folder into {name: tensor}, on the CPU, in the stored precision.
+
+    Wrappers around the state dict (`{"state_dict": ...}`, `{"model": ...}`) and prefixes of all names (`module.`) are
+    removed.
+
+    Args:
+        path: a file, or a folder that holds one of FOLDER_FILES.
+        sha256: the expected hash of the file in hexadecimal, checked before reading.
+
+    Raises:
+        CheckpointError: missing, empty, truncated, not a weight file, another hash, or no tensors in it.
+        UnsafeCheckpointError: the file asks for code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if sha256:
+            raise CheckpointError(path, "a SHA-256 was given but this is a folder", "name the weight file itself")
+        return _read_folder(path)
+    if not path.exists():
+        raise CheckpointError(path, "no such file or folder", "check the path")
+    if sha256:
+        check_sha256(path, sha256)
+    content = _read_file(path)
+    return strip_prefixes(find_state_dict(content, path))
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raises CheckpointError if the file's SHA-256 is not `expected` (hexadecimal, any case)."""
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+    if found != expected.lower():
+        raise CheckpointError(path, f"SHA-256 is {found}, expected {expected.lower()}", DOWNLOAD_AGAIN)
+
+
+def _digest(file) -> str:
+    # hashlib.file_digest is new in Python 3.11
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def find_state_dict(content, path="checkpoint") -> dict[str, torch.Tensor]:
+    """The dictionary of tensors inside what a training script saved. Plain numbers become scalar tensors.
+
+    Raises:
+        CheckpointError: if there is none, or entries are neither tensors nor numbers.
+    """
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            path, f"holds a {type(content).__name__}, not a state dict", "save model.state_dict() instead"
+        )
+    for key in WRAPPERS:
+        if isinstance(content.get(key), Mapping) and any(
+            isinstance(value, torch.Tensor) for value in content[key].values()
+        ):
+            return find_state_dict(content[key], path)
+    others = [
+        f"{key}: {type(value).__name__}"
+        for key, value in content.items()
+        if not isinstance(value, torch.Tensor | int | float)
+    ]
+    if others or not any(isinstance(value, torch.Tensor) for value in content.values()):
+        found = ", ".join(others[:5]) or "no tensors"
+        raise CheckpointError(
+            path,
+            f"holds no plain state dict (found {found})",
+            f"save the state dict alone, or under one of the keys {', '.join(WRAPPERS)}",
+        )
+    return {
+        str(name): value.detach() if isinstance(value, torch.Tensor) else torch.tensor(value)
+        for name, value in content.items()
+    }
+
+
+def strip_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Remove the PREFIXES that stand before every name (DistributedDataParallel, torch.compile), however often."""
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            return strip_prefixes({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+    return state
+
+
+def looks_like(state: Mapping) -> str:
+    """What family of models a state dict's names are of, for error messages."""
+    for pattern, family in FAMILIES:
+        if seen := next((name for name in state if re.match(pattern, name)), None):
+            return f"{family} ({seen})"
+    return "no layout known here"
+
+
+def _read_file(path: Path):
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        raise CheckpointError(path, "the file is empty", DOWNLOAD_AGAIN)
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            path, "this is a git-lfs pointer, not the weights", "run `git lfs pull`, or download the file itself"
+        )
+    if head.lstrip().startswith(b"<"):
+        raise CheckpointError(
+            path, "this is a web page, not a weight file", "the link gave an error or login page: download again"
+        )
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_SAFETENSORS_HEADER:
+        return _read_safetensors(path)
+    if head.startswith(b"PK"):
+        return _read_zip(path)
+    if head.startswith(b"\x80"):
+        return _read_legacy(path)
+    raise CheckpointError(
+        path, f"unknown file type (starts with {head[:8]!r})", "give a torch, TorchScript or safetensors file"
+    )
+
+
+def _read_safetensors(path: Path):
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(path, f"damaged or truncated safetensors file ({error})", DOWNLOAD_AGAIN) from error
+
+
+def _read_zip(path: Path):
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            path, f"the archive is cut short ({path.stat().st_size} bytes, no end record)", DOWNLOAD_AGAIN
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if is_torchscript(archive):
+                return read_torchscript(archive)
+            try:
+                return _torch_load(path, mmap=True)
+            except pickle.UnpicklingError as error:
+                if "Unsupported operand" not in str(error):
+                    raise
+                return read_pickle_of(
+                    archive
+                )  # torch.save(pickle_protocol=4): torch's own safe loader reads protocol 2 only
+    except UnsafeGlobalError as error:
+        raise UnsafeCheckpointError(path, error.name) from error
+    except pickle.UnpicklingError as error:
+        # The end record is there, so the file is whole: what the loader refuses is what somebody put in.
+        raise _refused(path, error) from error
+    except Exception as error:
+        raise CheckpointError(path, f"damaged archive ({type(error).__name__}: {error})", DOWNLOAD_AGAIN) from error
+
+
+def _read_legacy(path: Path):
+    try:
+        with open(path, "rb") as file:
+            magic = HarmlessUnpickler(file).load()
+        if magic != LEGACY_MAGIC:
+            raise CheckpointError(
+                path, "a pickle that torch.save did not write", "give a file written by torch.save or safetensors"
+            )
+        return _torch_load(path)
+    except CheckpointError:
+        raise
+    except UnsafeGlobalError as error:
+        raise UnsafeCheckpointError(path, error.name) from error
+    except pickle.UnpicklingError as error:
+        raise _refused(path, error) from error
+    except Exception as error:
+        raise CheckpointError(
+            path, f"damaged or truncated file ({type(error).__name__}: {error})", DOWNLOAD_AGAIN
+        ) from error
+
+
+def _torch_load(path: Path, **options):
+    # Training scripts keep their command line beside the weights; a Namespace only holds attributes.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+
+
+def _refused(path: Path, error: Exception) -> CheckpointError:
+    asked = re.search(r"(?:GLOBAL|class|global) ([A-Za-z_][\w.]*\w) (?:was|whose)", str(error))
+    if asked:
+        return UnsafeCheckpointError(path, asked[1])
+    reason = str(error).split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].strip().rstrip(".")
+    return CheckpointError(path, f"not a readable state dict ({reason})", DOWNLOAD_AGAIN)
+
+
+def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    present = next((name for name in FOLDER_FILES if (folder / name).exists()), None)
+    if present is None:
+        listing = ", ".join(sorted(item.name for item in folder.iterdir())[:10]) or "nothing"
+        raise CheckpointError(
+            folder, f"the folder holds no weights (found {listing})", f"it needs one of {', '.join(FOLDER_FILES)}"
+        )
+    if not present.endswith(".index.json"):
+        return read_checkpoint(folder / present)
+    try:
+        shards = sorted(set(json.loads((folder / present).read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(folder / present, "not an index of weight shards", DOWNLOAD_AGAIN) from error
+    state = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(
+                folder / present, f"names a shard outside its folder ({shard})", "get the folder from its source"
+            )
+        state.update(read_checkpoint(folder / shard))
+    return state
+
+
+@contextlib.contextmanager
+def whole_folder(output, overwrite: bool = False):
+    """Yields a temporary folder that becomes `output` at the end, or vanishes if the block raises.
+
+    Raises:
+        FileExistsError: `output` exists, is not an empty folder, and `overwrite` is false.
+    """
+    output = Path(output)
+    occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if occupied and (not overwrite or not output.is_dir()):
+        raise FileExistsError(
+            f"{output} exists and is not an empty folder; give another --output, or --overwrite a folder"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        if output.exists():
+            former = partial.with_name(f"{partial.name}-former")
+            output.rename(former)
+            partial.rename(output)
+            shutil.rmtree(former)
+        else:
+            partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_state_dict(state: dict[str, torch.Tensor], output, overwrite: bool = False) -> None:
+    """Write a plain state dict with `torch.save`, or as safetensors if the name ends so; whole or not at all.
+
+    Raises:
+        FileExistsError: `output` exists and `overwrite` is false.
+    """
+    output = Path(output)
+    if output.exists() and (not overwrite or output.is_dir()):
+        raise FileExistsError(f"{output} exists; give another --output, or --overwrite a file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        if output.suffix == ".safetensors":
+            safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+        else:
+            torch.save(dict(state), partial)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,299 @@
+"""CLIP checkpoints -> hf_vlp folders: OpenAI's files, open_clip's files and folders, transformers' CLIPModel folders.
+
+    python -m conversion.from_clip --checkpoint ViT-B-32.pt --vocabulary bpe_simple_vocab_16e6.txt.gz --output clip-b32
+
+Paper: "Learning Transferable Visual Models From Natural Language Supervision", https://arxiv.org/abs/2103.00020.
+The tables of names are in `conversion/clip_layouts.py`; `conversion/to_original.py` goes the other way.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, CLIPConfig, CLIPTokenizer
+
+from conversion.checkpoints import CheckpointError, read_checkpoint, whole_folder
+from conversion.clip_layouts import (
+    clip_table,
+    config_from_transformers,
+    detect_layout,
+    infer_config,
+    open_clip_options,
+    round_to_half,
+)
+from conversion.tables import ConversionError, convert, revert
+from hf_vlp.export.hub import push_to_hub, write_card
+from hf_vlp.models.clip.configuration_clip import VlpClipConfig, VlpClipResNetConfig
+from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining, VlpClipModel
+
+
+def expected_state(config: VlpClipConfig) -> dict[str, torch.Tensor]:
+    """Names and shapes (meta tensors) of our model of this configuration, under the names of `VlpClipModel`."""
+    with torch.device("meta"):
+        state = VlpClipForPreTraining(config).state_dict()
+    return {name.removeprefix("clip."): tensor for name, tensor in state.items()}
+
+
+def convert_state_dict(
+    state: dict[str, torch.Tensor], config: VlpClipConfig | None = None, **options
+) -> tuple[VlpClipConfig, dict[str, torch.Tensor]]:
+    """A state dict of any layout -> our configuration and state dict, in the stored precision, strictly.
+
+    Args:
+        state: of the checkpoint; meta tensors will do.
+        config: ours, where it is known (transformers folders); else inferred, with `options` for `infer_config`.
+
+    Raises:
+        ConversionError: another architecture, or names or shapes that do not fit: lists both sides.
+    """
+    layout = detect_layout(state)
+    if config is None and layout == "transformers":
+        raise ConversionError("transformers weights need their config.json: give the folder, not the weight file")
+    config = config or infer_config(state, **options)
+    return config, convert(state, clip_table(config, layout), expected_state(config))
+
+
+def read(path, sha256: str | None = None, **options) -> tuple[VlpClipConfig, dict[str, torch.Tensor]]:
+    """`convert_state_dict` of a file or folder; a folder's config.json or open_clip_config.json is respected.
+
+    Raises:
+        CheckpointError, ConversionError: see `read_checkpoint` and `convert_state_dict`.
+    """
+    path = Path(path)
+    state = read_checkpoint(path, sha256)
+    config = None
+    if (path / "open_clip_config.json").exists():
+        options = {**open_clip_options(path / "open_clip_config.json"), **options}
+    elif (path / "config.json").exists():
+        fields = json.loads((path / "config.json").read_text("utf-8"))
+        if fields.get("model_type") != "clip":
+            raise ConversionError(f"{path} holds a {fields.get('model_type')} model, not a transformers CLIPModel")
+        config = config_from_transformers(CLIPConfig.from_dict(fields), options.get("pooling"))
+    return convert_state_dict(state, config, **options)
+
+
+def load_model(
+    source,
+    pooling: str | None = None,
+    round_to_half: bool = False,
+    dtype: torch.dtype = torch.float32,
+    model_class: type = VlpClipModel,
+    **options,
+):
+    """A model of ours, in eval mode, from a checkpoint.
+
+    Args:
+        source: path of a file or folder, or a state dict.
+        pooling: "eos", or "largest_id" for the original code's rule; None: what the checkpoint's configuration says, else
+            "eos".
+        round_to_half: round float32 weights as the original loader does.
+        dtype: of the model.
+        model_class: `VlpClipModel` or `VlpClipForPreTraining`.
+        options: for `infer_config`.
+    """
+    options |= {"pooling": pooling} if pooling else {}
+    config, state = convert_state_dict(source, **options) if isinstance(source, dict) else read(source, **options)
+    return build_model(config, rounded(config, state) if round_to_half else state, dtype, model_class)
+
+
+def rounded(config: VlpClipConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our state dict after `round_to_half` in the original's layout."""
+    table = clip_table(config)
+    return convert(round_to_half(revert(state, table)), table)
+
+
+def build_model(
+    config: VlpClipConfig, state: dict[str, torch.Tensor], dtype=torch.float32, model_class: type = VlpClipModel
+):
+    """Our class filled with a converted state dict, every entry of it used and none missing."""
+    if model_class is VlpClipModel:
+        state = {name: tensor for name, tensor in state.items() if name != "logit_bias.weight"}
+    else:
+        state = {name if name.startswith("logit_bias.") else f"clip.{name}": tensor for name, tensor in state.items()}
+    state = {
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for name, tensor in state.items()
+    }
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    if left := {key: names for key, names in info.items() if names}:
+        raise ConversionError(f"loading into {model_class.__name__} left over: {left}")
+    return model.eval()
+
+
+def build_processor(config: VlpClipConfig, checkpoint: Path, vocabulary: Path | None):
+    """The processor of a converted model: tokenizer from a merge table or a transformers folder; None if there is neither.
+
+    Pixels are prepared at the model's size with CLIP's means and deviations, or those of the folder's
+    preprocessor_config.json.
+
+    Raises:
+        ConversionError: the vocabulary's size or its end-of-text id differs from the model's.
+    """
+    from hf_vlp.inputs.vocabulary import clip_tokenizer_from_merges
+    from hf_vlp.models.clip.image_processing_clip import VlpClipImageProcessor
+    from hf_vlp.models.clip.processing_clip import VlpClipProcessor
+
+    longest = config.text_config.max_position_embeddings
+    if vocabulary is not None:
+        tokenizer = clip_tokenizer_from_merges(vocabulary, max_length=longest)
+    elif (checkpoint / "tokenizer_config.json").exists() or (checkpoint / "vocab.json").exists():
+        tokenizer = CLIPTokenizer.from_pretrained(checkpoint)
+        tokenizer.model_max_length = longest
+    else:
+        return None
+    if len(tokenizer) != config.text_config.vocab_size or tokenizer.eos_token_id != config.text_config.eos_token_id:
+        raise ConversionError(
+            f"the vocabulary has {len(tokenizer)} entries and end-of-text id {tokenizer.eos_token_id}, the model "
+            f"{config.text_config.vocab_size} and {config.text_config.eos_token_id}: this is another model's vocabulary"
+        )
+    pixels = checkpoint / "preprocessor_config.json"
+    stored = json.loads(pixels.read_text("utf-8")) if pixels.exists() else {}
+    size = config.vision_config.image_size
+    image_processor = VlpClipImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        **{key: stored[key] for key in ("image_mean", "image_std") if key in stored},
+    )
+    return VlpClipProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def summary(model: VlpClipModel) -> str:
+    """What was converted: towers and parameter counts (the text side with its projection and the scale)."""
+    text, vision = model.config.text_config, model.config.vision_config
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    image_side = sum(size for name, size in sizes.items() if "vision_model." in name or "visual_projection." in name)
+    total = sum(sizes.values())
+    if isinstance(vision, VlpClipResNetConfig):
+        image = f"modified ResNet {'-'.join(map(str, vision.layers))}, width {vision.width}, {vision.image_size} px"
+    else:
+        image = f"ViT, {vision.num_hidden_layers} blocks of width {vision.hidden_size} with "
+        image += f"{vision.num_attention_heads} heads, patches of {vision.patch_size}, {vision.image_size} px, {vision.hidden_act}"
+    words = f"{text.num_hidden_layers} blocks of width {text.hidden_size} with {text.num_attention_heads} heads, "
+    words += (
+        f"{text.max_position_embeddings} tokens out of {text.vocab_size}, {text.hidden_act}, pooled by {text.pooling}"
+    )
+    return "\n".join(
+        [
+            f"image tower  {image_side:>13,} parameters  {image}",
+            f"text tower   {total - image_side:>13,} parameters  {words}",
+            f"total        {total:>13,} parameters  joint space of {model.config.projection_dim}",
+        ]
+    )
+
+
+def check_saved(folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype) -> int:
+    """Load a saved folder by AutoModel and compare it with our state dict, bit by bit; gives the number of tensors.
+
+    Raises:
+        ConversionError: a tensor is missing or differs.
+    """
+    model = AutoModel.from_pretrained(folder, dtype=dtype)
+    saved = {name.removeprefix("clip."): tensor for name, tensor in model.state_dict().items()}
+    wanted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    wrong = [name for name in saved if name not in wanted or not torch.equal(wanted[name], saved[name])]
+    if wrong:
+        raise ConversionError(
+            f"the saved folder differs from the checkpoint in {len(wrong)} tensors: {', '.join(wrong[:5])}"
+        )
+    return len(saved)
+
+
+@torch.no_grad()
+def compare_outputs(model: VlpClipModel, folder: Path) -> dict[str, float]:
+    """Largest differences of a forward to stored outputs of the original.
+
+    `folder` holds inputs.safetensors (`image` [B, 3, H, W], `text` [B, L]) and outputs.safetensors with any of
+    `image_features`, `text_features` (not normalised), `logits_per_image`.
+    """
+    inputs, outputs = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs.safetensors")
+    image, text = inputs["image"].to(model.dtype), inputs["text"]
+    ours = {
+        "image_features": model.encode_image(image),
+        "text_features": model.encode_text(text),
+        "logits_per_image": model(input_ids=text, pixel_values=image).logits_per_image,
+    }
+    return {name: (value.float() - outputs[name]).abs().max().item() for name, value in ours.items() if name in outputs}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; see the module docstring."""
+    parser = argparse.ArgumentParser("python -m conversion.from_clip", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="weight file, or a transformers or open_clip folder"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    parser.add_argument(
+        "--vocabulary", type=Path, help="bpe_simple_vocab_16e6.txt.gz; without it only the model is saved"
+    )
+    parser.add_argument("--sha256", help="expected hash of the weight file")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the saved weights"
+    )
+    parser.add_argument(
+        "--round-to-half", action="store_true", help="round float32 weights as the original loader does"
+    )
+    parser.add_argument(
+        "--pooling", choices=("eos", "largest_id"), help="which token of a text is pooled; see VlpClipTextConfig"
+    )
+    parser.add_argument(
+        "--hidden-act", choices=("quick_gelu", "gelu"), help="open_clip files: the weights do not show it"
+    )
+    parser.add_argument(
+        "--vision-heads", type=int, help="open_clip files: heads of the image tower, if not width // 64"
+    )
+    parser.add_argument("--text-heads", type=int, help="open_clip files: heads of the text tower, if not width // 64")
+    parser.add_argument(
+        "--check",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FOLDER",
+        help="compare the saved folder with the checkpoint, and a forward with FOLDER's inputs and outputs.safetensors",
+    )
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this repository")
+    options = parser.parse_args(arguments)
+    try:
+        run(options)
+    except (CheckpointError, ConversionError, FileExistsError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Convert as the parsed command line says."""
+    given = {name: getattr(options, name) for name in ("pooling", "hidden_act", "vision_heads", "text_heads")}
+    config, state = read(options.checkpoint, options.sha256, **{name: value for name, value in given.items() if value})
+    if options.round_to_half:
+        state = rounded(config, state)
+    dtype = getattr(torch, options.dtype)
+    model = build_model(
+        config, state, dtype, VlpClipForPreTraining if config.contrastive_loss == "sigmoid" else VlpClipModel
+    )
+    processor = build_processor(config, options.checkpoint, options.vocabulary)
+    with whole_folder(options.output, options.overwrite) as folder:
+        model.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        write_card(folder, repo_id=options.push_to_hub or str(options.output))
+        if options.check is not None:
+            print(
+                f"check        {check_saved(folder, state, dtype)} tensors equal the checkpoint's, largest difference 0"
+            )
+    print(summary(model))
+    print(
+        f"saved        {options.output} in {options.dtype}"
+        + ("" if processor else ", without a processor: give --vocabulary")
+    )
+    if options.check is not None and options.check != Path():
+        for name, difference in compare_outputs(getattr(model, "clip", model), options.check).items():
+            print(f"forward      {name}: largest difference {difference:.2e}")
+    if options.push_to_hub:
+        print(f"uploaded     {push_to_hub(options.output, options.push_to_hub)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Records of any task: read, checked, drawn into image-text pairs, batched."""

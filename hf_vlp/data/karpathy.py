@@ -1,0 +1,73 @@
+"""The splits of Karpathy and Fei-Fei (2015) for COCO (`dataset_coco.json`) and Flickr30k (`dataset_flickr30k.json`).
+
+File: `{"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}], "imgid", "cocoid"?}]}`; `filepath` is the
+sub-folder (COCO: train2014 or val2014), absent for Flickr30k.
+"""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_vlp.data.record import RecordError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def read_karpathy(
+    json_path: str | os.PathLike,
+    image_root: str | os.PathLike,
+    split: str,
+    *,
+    restval: bool = True,
+    captions_per_image: int | None = None,
+) -> "Dataset":
+    """Read one split as records with `image`, `captions`, `image_id` (COCO's id, else the file's `imgid`), `filename`.
+
+    Args:
+        json_path: the split file.
+        image_root: folder that holds the pictures, with the sub-folders that the file names.
+        split: `train`, `val`, `test` (or `restval`).
+        restval: COCO's 30,504 pictures marked restval join `train`, as all published results have it.
+        captions_per_image: keep the first so many captions. The COCO 5K protocol scores 5 (25,000 in all), while some
+            pictures have 6 or 7.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or the split's first picture is not below `image_root`.
+        ValueError: the file has no such split.
+        RecordError: an entry lacks a field, has no captions, or fewer than `captions_per_image`.
+    """
+    from datasets import Dataset, Features, Image, List, Value
+
+    with open(json_path, encoding="utf-8") as file:
+        content = json.load(file)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise RecordError(None, "images", f"{json_path} holds no list of that name", "Give a Karpathy split file.")
+    root = Path(image_root)
+    wanted = {"train", "restval"} if split == "train" and restval else {split}
+    rows: dict[str, list] = {"image": [], "captions": [], "image_id": [], "filename": []}
+    for position, entry in enumerate(content["images"]):
+        missing = [field for field in ("filename", "split", "sentences") if field not in entry]
+        if missing:
+            raise RecordError(position, missing[0], "the entry has no such field", "Give a Karpathy split file.")
+        if entry["split"] not in wanted:
+            continue
+        captions = [sentence["raw"].strip() for sentence in entry["sentences"]][:captions_per_image]
+        if len(captions) < (captions_per_image or 1):
+            reason = f"{len(captions)} captions, {captions_per_image or 1} asked for"
+            raise RecordError(position, "sentences", reason, "Ask for fewer captions_per_image.")
+        rows["image"].append(str(root / entry.get("filepath", "") / entry["filename"]))
+        rows["captions"].append(captions)
+        rows["image_id"].append(str(entry.get("cocoid", entry.get("imgid", position))))
+        rows["filename"].append(entry["filename"])
+    if not rows["image"]:
+        counts = Counter(entry["split"] for entry in content["images"])
+        raise ValueError(f"{json_path} has no split {split!r}. It has: {dict(counts)}.")
+    if not Path(rows["image"][0]).is_file():
+        raise FileNotFoundError(f"no picture {rows['image'][0]}. image_root must hold the sub-folders the file names.")
+    features = {"image": Image(), "captions": List(Value("string"))}
+    return Dataset.from_dict(
+        rows, features=Features({**features, "image_id": Value("string"), "filename": Value("string")})
+    )

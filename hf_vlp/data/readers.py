@@ -1,0 +1,304 @@
+"""Records from parquet, JSON lines, CSV and TSV files, image folders, tar shards and the Hub, through `datasets`.
+
+Whatever the source, the result has the columns `image` (decoded when a row is read), `captions: list[str]` and
+`image_id`, beside all columns of the source that were not renamed.
+"""
+
+import difflib
+import glob
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_vlp.data.record import RecordError, decode_image
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+BUILDERS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".tar": "webdataset",
+}
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+# Where the caller maps nothing, the first of these that the source has.
+USUAL_NAMES = {
+    "image": ("image", "image_path", "filepath", "file_name", "jpg", "png", "webp"),
+    "captions": ("captions", "caption", "text", "txt"),
+    "image_id": ("image_id", "__key__"),
+}
+
+
+def read_records(
+    source: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str | Sequence[str]] | None = None,
+    image_root: str | os.PathLike | None = None,
+    required: Sequence[str] = ("image", "captions"),
+    streaming: bool = False,
+) -> "Dataset | IterableDataset":
+    """Read records.
+
+    Args:
+        source: a file (.parquet, .jsonl, .json, .csv, .tsv, .tar), a list or glob pattern of such files of one kind, a
+            folder (pictures with or without a `metadata.jsonl/.csv/.parquet` that has a `file_name` column; or data
+            files; or what `Dataset.save_to_disk` wrote), or the id of a data set on the Hub.
+        split: split to read; needed only where the source has several. In a folder, a sub-folder of that name counts.
+        columns: what to find where, e.g. `{"captions": ["caption", "alt"], "image": "file", "image_id": "id"}`; a
+            caption column holds a text or a list of texts, several are joined. Other keys rename. What is not named is
+            looked for under the usual names.
+        image_root: folder of relative picture paths; the folder of the file if not given.
+        required: fields that must be there.
+        streaming: read rows as they are asked for (`IterableDataset`) instead of indexing the source.
+
+    Returns:
+        The records. Without an `image_id` column, two rows are of one image if they give one path, and of two images
+        otherwise: the id is the path, or the row's position where the pictures are stored within.
+
+        A picture folder without metadata gets its captions from the names: the sub-folder's (a class), else the
+        file's, with `_` and `-` read as spaces.
+
+    Raises:
+        RecordError: a column is missing (with the available and the nearest names), or the file cannot be parsed
+            (with the first bad row where one can be told).
+        FileNotFoundError: no such file.
+        ValueError: unknown kind of file, or a split that must be chosen.
+    """
+    dataset, folder = _open(source, split, streaming)
+    return arrange(dataset, columns or {}, Path(image_root) if image_root is not None else folder, required)
+
+
+def parse_columns(items: Sequence[str]) -> dict[str, list[str]]:
+    """The `columns` of `read_records` from command-line words such as `captions=caption,alt image=file`.
+
+    Raises:
+        ValueError: a word without `=`.
+    """
+    result = {}
+    for item in items:
+        field, equals, names = item.partition("=")
+        if not (field and equals and names):
+            raise ValueError(f"'{item}' does not map a column. Write FIELD=COLUMN, e.g. captions=caption,alt.")
+        result[field] = names.split(",")
+    return result
+
+
+def _open(source, split: str | None, streaming: bool) -> tuple[Any, Path]:
+    """The data set as it is stored, and the folder that relative paths start from."""
+    from datasets import load_dataset, load_from_disk
+
+    if not isinstance(source, str | os.PathLike):
+        files = [Path(item) for item in source]
+        return _open_files(files, streaming), files[0].parent if files else Path()
+    path = Path(source)
+    if path.is_file():
+        if split not in (None, "train"):  # what `datasets` calls the one split of a file
+            raise ValueError(
+                f"{path} is one file without splits, split={split!r} was asked for. Give that split's file."
+            )
+        return _open_files([path], streaming), path.parent
+    if path.is_dir():
+        if split is not None and (path / split).is_dir():
+            path, split = path / split, None
+        for name in METADATA:
+            if (path / name).is_file():
+                return _open_files([path / name], streaming), path
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _choose_split(load_from_disk(str(path)), split, path), path
+        if any(path.glob("*.parquet")) or any(path.glob("*.jsonl")) or any(path.glob("data/*.parquet")):
+            return _choose_split(load_dataset(str(path), split=split, streaming=streaming), split, path), path
+        return _picture_folder(path, streaming), path
+    if glob.has_magic(str(source)):
+        files = sorted(map(Path, glob.glob(str(source))))
+        if not files:
+            raise FileNotFoundError(f"no file matches {source}.")
+        return _open_files(files, streaming), files[0].parent
+    if path.suffix.lower() in BUILDERS or path.is_absolute() or str(source).count("/") > 1 or str(source)[:1] == ".":
+        raise FileNotFoundError(f"there is no file or folder {source} (working folder: {Path.cwd()}).")
+    return _choose_split(load_dataset(str(source), split=split, streaming=streaming), split, source), Path()
+
+
+def _choose_split(dataset, split: str | None, source):
+    if not hasattr(dataset, "keys"):
+        return dataset
+    if split is None and len(dataset) == 1:
+        return next(iter(dataset.values()))
+    if split not in dataset:
+        raise ValueError(f"{source} has the splits {', '.join(dataset)}; split={split!r} is none of them. Choose one.")
+    return dataset[split]
+
+
+def _open_files(files: list[Path], streaming: bool):
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    kinds = {file.suffix.lower() for file in files}
+    if len(kinds) != 1 or not kinds <= BUILDERS.keys():
+        raise ValueError(
+            f"cannot read files of kind {', '.join(sorted(kinds)) or 'none'}. Give files of one of the kinds "
+            f"{', '.join(BUILDERS)}, a folder of pictures, or the id of a data set on the Hub."
+        )
+    kind = kinds.pop()
+    options = {}
+    if kind in (".csv", ".tsv"):
+        # pandas would read the captions "None" and "NA" as missing values
+        options = {"sep": "\t" if kind == ".tsv" else ",", "keep_default_na": False}
+    names = [str(file) for file in files]
+    try:
+        return load_dataset(BUILDERS[kind], data_files=names, split="train", streaming=streaming, **options)
+    except (DatasetGenerationError, ValueError, OSError, RuntimeError) as error:
+        if kind in (".jsonl", ".json"):
+            for file in files:
+                check_json_lines(file)
+        cause = error.__cause__ or error
+        raise RecordError(None, "file", f"{', '.join(names)} cannot be read ({cause})", "Repair the file.") from error
+
+
+def check_json_lines(file: Path) -> None:
+    """Find the first line of a JSON-lines file that is not an object, or whose columns change their kind.
+
+    Raises:
+        RecordError: with the row's position.
+    """
+    kinds: dict[str, tuple[type, int]] = {}
+    position = -1
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            position += 1
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                reason = f"not JSON ({error.msg} at character {error.colno})"
+                raise RecordError(position, "line", reason, "One object a line.") from None
+            if not isinstance(row, dict):
+                raise RecordError(position, "line", f"a {type(row).__name__}, not an object", "One object a line.")
+            for name, value in row.items():
+                kind, first = kinds.setdefault(name, (type(value), position)) if value is not None else (None, 0)
+                if kind is not None and kind is not type(value) and {kind, type(value)} != {int, float}:
+                    reason = f"{value!r} is a {type(value).__name__}, but row {first} holds a {kind.__name__}"
+                    raise RecordError(position, name, reason, "Write one kind throughout.")
+
+
+def _picture_folder(folder: Path, streaming: bool):
+    from datasets import Dataset
+
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+    if not files:
+        raise FileNotFoundError(f"the folder {folder} holds no data file, no picture and no {' or '.join(METADATA)}.")
+    names = [file.relative_to(folder) for file in files]
+    words = [name.parent.name if name.parent.name else name.stem for name in names]
+    captions = [[" ".join(word.replace("_", " ").replace("-", " ").split())] for word in words]
+    rows = {"image": [str(name) for name in names], "captions": captions, "image_id": [str(name) for name in names]}
+    dataset = Dataset.from_dict(rows)
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def arrange(dataset, columns: Mapping[str, str | Sequence[str]], folder: Path, required: Sequence[str] = ()):
+    """Give a `datasets.Dataset` (or `IterableDataset`) the columns of a record.
+
+    Args:
+        dataset: rows in any layout.
+        columns: as for `read_records`.
+        folder: where relative picture paths start.
+        required: fields that must be there.
+
+    Raises:
+        RecordError: a column is missing.
+    """
+    from datasets import Dataset, Image, List, Value
+
+    features = dataset.features or next(iter(dataset.take(1)), {})
+    available = list(features)
+    found: dict[str, list[str]] = {}
+    for field, names in columns.items():
+        found[field] = [names] if isinstance(names, str) else list(names)
+        for name in found[field]:
+            if name not in available:
+                raise missing_column(name, available)
+        if field != "captions" and len(found[field]) != 1:
+            raise RecordError(None, field, f"{len(found[field])} columns are given", "Only captions join several.")
+    for field, names in USUAL_NAMES.items():
+        if field not in found and (name := next((name for name in names if name in available), None)):
+            found[field] = [name]
+    for field in required:
+        if field not in found and field not in available:
+            raise missing_column(field, available, f"Say which with columns={{'{field}': ...}}")
+
+    stored = Image(decode=False)
+    image = found.get("image", [None])[0]
+    is_path = image is not None and getattr(features[image], "dtype", "string") in ("string", "large_string")
+
+    def joined(row, position) -> list[str]:
+        texts = []
+        for name in found["captions"]:
+            value = row[name]
+            texts.extend(value if isinstance(value, list | tuple) else [value])
+        for text in texts:
+            if not isinstance(text, str | int | float | None):
+                reason = f"{text!r} is a {type(text).__name__}, not a text"
+                raise RecordError(position, "captions", reason, "A caption column holds a text or a list of texts.")
+        return [text if text is None else str(text) for text in texts]
+
+    def rooted(path: str) -> str:
+        return path if not path or "://" in path else str(folder / path)
+
+    if not isinstance(dataset, Dataset):
+
+        def row_of_record(row, position):
+            path = row[image] if is_path else None
+            result = {field: row[names[0]] for field, names in found.items() if field != "captions"}
+            if "captions" in found:
+                result["captions"] = joined(row, position)
+            result["image_id"] = result.get("image_id", path if path else position)
+            if image is not None:
+                result["image"] = decode_image(rooted(path or "") if is_path else row[image], position)
+            return result
+
+        return dataset.map(row_of_record, with_indices=True)
+
+    # Column by column, so that stored pictures are neither decoded nor copied
+    caption_source = found.pop("captions", None)
+    if caption_source is not None and caption_source != ["captions"] or _is_text(features.get("captions")):
+        found["captions"] = caption_source
+        texts = [joined(row, position) for position, row in enumerate(dataset.select_columns(caption_source))]
+        dataset = dataset.remove_columns("captions") if "captions" in available else dataset
+        dataset = dataset.add_column("captions", texts, feature=List(Value("string")))
+        found.pop("captions")
+    if "image_id" not in found:
+        ids = list(dataset[image]) if is_path else list(range(len(dataset)))
+        dataset = dataset.add_column("image_id", ids)
+    for field, (name,) in found.items():
+        if field != name:
+            if field in dataset.column_names:
+                dataset = dataset.remove_columns(field)
+            dataset = dataset.rename_column(name, field)
+    if is_path:
+        paths = [rooted(path or "") for path in dataset["image"]]
+        dataset = dataset.remove_columns("image").add_column("image", paths)
+    return dataset if image is None else dataset.cast_column("image", stored).cast_column("image", Image())
+
+
+def _is_text(feature) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def missing_column(name: str, available: Sequence[str], hint: str = "") -> RecordError:
+    """The error for a column that is not there: names the nearest and all available ones."""
+    near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
+    remedy = f"Did you mean '{near[0]}'? " if near else ""
+    return RecordError(
+        None,
+        name,
+        f"there is no column '{name}'",
+        f"{remedy}Available columns: {', '.join(available)}. {hint}".rstrip(),
+    )

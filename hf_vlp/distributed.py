@@ -1,0 +1,84 @@
+"""The few facts and verbs of a run on several processes, each the identity on one process.
+
+Convention of the gathered losses: every process scores its own rows and columns against the batch of all processes,
+and the mean over processes of those losses is the loss of the whole batch. The backward of the gather SUMS over
+processes what each wants from a row, DistributedDataParallel then takes the MEAN over processes of the parameter
+gradients, so N processes with B pairs each take the very step of one process with N * B pairs.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    """Number of processes of this run; 1 outside `torch.distributed`."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process, from 0; 0 outside `torch.distributed`."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.rows = x.shape[0]
+        return _gather(x)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        # all-reduce and slice, not reduce-scatter: gloo has no reduce-scatter
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, op=dist.ReduceOp.SUM)
+        start = dist.get_rank() * ctx.rows
+        return grad[start : start + ctx.rows]
+
+
+def _gather(x: torch.Tensor) -> torch.Tensor:
+    x = x.detach().contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts, dim=0)
+
+
+def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, in the order of their ranks, with gradient to every process's rows.
+
+    Args:
+        x: [B, ...], the same shape on every process.
+
+    Returns:
+        [N * B, ...] for N processes; `x` itself on one process.
+    """
+    return x if world_size() == 1 else _GatherWithGradient.apply(x)
+
+
+def gather_without_gradient(x: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, in the order of their ranks, cut from the graph.
+
+    Args:
+        x: [B, ...], the same shape on every process.
+
+    Returns:
+        [N * B, ...] for N processes; `x` without its graph on one process.
+    """
+    return x.detach() if world_size() == 1 else _gather(x)
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Mean over processes of every `.grad`, for a backward that ran outside DistributedDataParallel.
+
+    A parameter whose gradient is None must have none on every process.
+    """
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for dtype in {gradient.dtype: None for gradient in gradients}:
+        same = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = torch.cat([gradient.reshape(-1) for gradient in same])
+        dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+        for gradient, part in zip(same, (flat / world_size()).split([g.numel() for g in same]), strict=True):
+            gradient.copy_(part.view(gradient.shape))

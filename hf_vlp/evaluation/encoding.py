@@ -1,0 +1,208 @@
+"""Features of pictures and texts by a model that is handed in, over one or more processes.
+
+Every process encodes a part of the examples; features travel with the position of their example and are put in place
+by it, so that each example counts exactly once, whatever the number of processes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from hf_vlp.distributed import gather_without_gradient, rank, world_size
+
+
+def shard(count: int, part: int, parts: int) -> range:
+    """The examples of one of `parts` processes: every parts-th, from `part` on."""
+    return range(part, count, parts)
+
+
+def in_place(features: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
+    """Sort the gathered rows of all processes by their example.
+
+    Args:
+        features: [T, ...], rows in any order, with filling.
+        positions: [T] int64, the example of each row, -1 for filling.
+        count: number of examples.
+
+    Returns:
+        [count, ...].
+
+    Raises:
+        RuntimeError: an example was encoded not once but more often or never.
+    """
+    real = positions >= 0
+    seen = torch.bincount(positions[real], minlength=count)
+    if len(seen) != count or not bool((seen == 1).all()):
+        wrong = [position for position, times in enumerate(seen.tolist()) if times != 1 or position >= count][:5]
+        raise RuntimeError(f"of {count} examples, {wrong} (at most five shown) were not encoded exactly once.")
+    result = features.new_empty(count, *features.shape[1:])
+    result[positions[real]] = features[real]
+    return result
+
+
+def encode(
+    count: int,
+    prepare: Callable[[Sequence[int]], dict[str, torch.Tensor]],
+    forward: Callable[..., Any],
+    *,
+    batch_size: int,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+    order: Sequence[int] | None = None,
+    name: str = "examples",
+    progress: bool = True,
+) -> torch.Tensor:
+    """Features of `count` examples.
+
+    Args:
+        prepare: positions of a batch -> tensors; runs in a thread beside the model, one batch ahead.
+        forward: those tensors by name -> [B, E].
+        autocast: type of the model's computation; as the model is if not given.
+        order: order of encoding (texts of similar length together), a permutation of the examples.
+
+    Returns:
+        [count, E] float32 on the CPU, the same on every process.
+
+    Raises:
+        ValueError: there is no example.
+    """
+    if not count:
+        raise ValueError(f"there are no {name} to encode.")
+    parts = world_size()
+    order = list(range(count)) if order is None else list(order)
+    mine = [order[place] for place in shard(count, rank(), parts)]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    context = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
+    rows, bar = [], tqdm(total=len(mine), desc=name, disable=not progress or rank() != 0, leave=False)
+    with torch.no_grad(), context, bar:
+        for inputs in _ahead(prepare, batches):
+            output = forward(**{key: value.to(device, non_blocking=True) for key, value in inputs.items()})
+            # transformers' own models wrap the features in an output
+            output = output if isinstance(output, torch.Tensor) else output.pooler_output
+            rows.append(output.float().cpu())
+            bar.update(len(output))
+    if parts == 1:
+        return in_place(torch.cat(rows), torch.tensor(mine), count)
+
+    # every process sends the same number of rows; a process without any learns the width from the others
+    most = -(-count // parts)
+    width = gather_without_gradient(torch.tensor([rows[0].shape[1] if rows else 0], device=device)).max()
+    features = torch.zeros(most, int(width), device=device)
+    positions = torch.full((most,), -1, device=device)
+    if rows:
+        features[: len(mine)] = torch.cat(rows).to(device)
+        positions[: len(mine)] = torch.tensor(mine, device=device)
+    return in_place(gather_without_gradient(features).cpu(), gather_without_gradient(positions).cpu(), count)
+
+
+def encode_images(
+    model: Any, processor: Any, records: Any, verb: str = "get_image_features", **options
+) -> torch.Tensor:
+    """Features of the pictures of records.
+
+    Args:
+        records: rows with `image`, e.g. a `datasets.Dataset`.
+        verb: method of the model: `get_image_features` (unit length) or `encode_image` (as it comes, for probes).
+        options: of `encode`.
+
+    Returns:
+        [N, E] float32.
+
+    Raises:
+        PictureError: a picture does not decode, with its row's position.
+    """
+
+    def prepare(rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        pictures = [picture_of(records, row) for row in rows]
+        return {"pixel_values": processor(images=pictures, return_tensors="pt")["pixel_values"]}
+
+    options = {"name": "pictures", **options}
+    return encode(len(records), prepare, verb_of(model, verb), **options)
+
+
+def encode_texts(model: Any, processor: Any, texts: Sequence[str], **options) -> torch.Tensor:
+    """Unit-length features of texts.
+
+    Texts of similar length are encoded together, because a batch is as long as its longest text.
+
+    Args:
+        texts: [N] texts.
+        options: of `encode`.
+
+    Returns:
+        [N, E] float32.
+    """
+
+    def prepare(rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        batch = processor(text=[texts[row] for row in rows], return_tensors="pt", padding=True)
+        return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    options = {"name": "texts", "order": order, **options}
+    return encode(len(texts), prepare, verb_of(model, "get_text_features"), **options)
+
+
+class PictureError(ValueError):
+    """A picture of a record cannot be read; the message has the record's position."""
+
+
+def picture_of(records: Any, row: int) -> Any:
+    """The decoded picture of a row.
+
+    Raises:
+        PictureError: it does not decode, with the row's position.
+    """
+    try:
+        return records[row]["image"]
+    except PictureError:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:  # PIL.UnidentifiedImageError is an OSError
+        raise PictureError(
+            f"the picture of record {row} cannot be read ({error}). An evaluation leaves nothing out: repair or remove "
+            f"the row; `python -m hf_vlp.data.validate` lists all bad ones."
+        ) from error
+
+
+def verb_of(model: Any, verb: str) -> Callable[..., Any]:
+    """The method of a model, or of the base model below its head.
+
+    Raises:
+        TypeError: it has none of that name.
+    """
+    for owner in (model, getattr(model, "base_model", None)):
+        if hasattr(owner, verb):
+            return getattr(owner, verb)
+    raise TypeError(
+        f"{type(model).__name__} has no {verb}: it cannot embed one side alone. Evaluate a model with two towers, or "
+        f"score pairs with its score_pairs."
+    )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module, accelerator: Any = None) -> Iterator[torch.nn.Module]:
+    """The model itself, out of its distributed wrapper and in evaluation mode; every module's mode is restored."""
+    inner = model if accelerator is None else accelerator.unwrap_model(model)
+    modes = [(module, module.training) for module in inner.modules()]
+    inner.eval()
+    try:
+        yield inner
+    finally:
+        # module by module: train() on the whole would unfreeze what a recipe keeps in evaluation mode
+        for module, mode in modes:
+            module.training = mode
+
+
+def _ahead(prepare: Callable, batches: Sequence[Sequence[int]]) -> Iterator[dict[str, torch.Tensor]]:
+    """Prepare each batch while the one before is computed."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(prepare, batch) for batch in batches[:1]]
+        for following in (*batches[1:], None):
+            ready = coming.pop().result() if coming else None
+            if following is not None:
+                coming.append(pool.submit(prepare, following))
+            if ready is not None:
+                yield ready

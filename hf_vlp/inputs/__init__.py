@@ -1,0 +1,1 @@
+"""From pictures and words to tensors, by the rules of each paper; knows no model."""

@@ -1,0 +1,268 @@
+"""Transforms for training, in two parts.
+
+A picture is prepared once, without randomness, so that the result can be cached. What is random is done to a whole batch of
+prepared pictures and drawn from a generator.
+
+CLIP, "Learning Transferable Visual Models From Natural Language Supervision" (https://arxiv.org/abs/2103.00020), section 2.5, and
+what small data sets need besides. R is the side of what the model sees. Depends on `hf_vlp.inputs.image_transforms`.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from hf_vlp.inputs.image_transforms import (
+    CLIP_MEAN,
+    CLIP_STD,
+    centre_crop,
+    normalised,
+    on_background,
+    resize_picture,
+    to_rgb,
+    to_tensor,
+)
+
+
+def _uniform(generator: torch.Generator, count: int, low: float, high: float, device: torch.device) -> torch.Tensor:
+    """[count] float32. Drawn on the generator's device, so that every device sees the numbers of the same seed."""
+    return torch.empty(count, device=generator.device).uniform_(low, high, generator=generator).to(device)
+
+
+def _spread(value: float, name: str, most: float = math.inf) -> None:
+    if not 0.0 <= value <= most:
+        raise ValueError(f"{name}={value} must lie between 0 and {most:g}")
+
+
+@dataclass
+class RandomSquareCrop:
+    """A random square of the resized picture: CLIP's only augmentation (section 2.5).
+
+    size: R. mean, std: of the normalisation.
+    """
+
+    size: int
+    mean: Sequence[float] = CLIP_MEAN
+    std: Sequence[float] = CLIP_STD
+
+    takes_mixed_sizes: ClassVar[bool] = True
+    keeps_whole_picture: ClassVar[bool] = True
+    default_margin: ClassVar[float] = 1.0
+
+    def __call__(self, images: torch.Tensor | Sequence[torch.Tensor], generator: torch.Generator) -> torch.Tensor:
+        """uint8 [B, 3, h, w], or B of [3, h, w] with their own sizes -> float32 [B, 3, R, R].
+
+        Raises:
+            ValueError: a picture smaller than R.
+        """
+        room = torch.tensor([[image.shape[-2] - self.size, image.shape[-1] - self.size] for image in images])
+        if room.min() < 0:
+            raise ValueError(
+                f"a picture smaller than the crop of {self.size}: prepare pictures to {self.size} pixels or more"
+            )
+        draws = torch.rand(room.shape, generator=generator, device=generator.device).cpu()
+        corners = (draws * (room + 1)).long().minimum(room).tolist()
+        crops = [image[:, y : y + self.size, x : x + self.size] for image, (y, x) in zip(images, corners, strict=True)]
+        return normalised(torch.stack(crops), self.mean, self.std)
+
+
+@dataclass
+class RandomResizedCrop:
+    """A random window of a square picture, resized to R, with optional turning, mirroring, colour changes and erasing.
+
+    Inception's random resized crop where the window lies inside (scale up to 1); with a scale above 1 the window also reaches
+    beyond the border, whose pixels are repeated, so that pictures that fill their frame are shifted and shrunk too.
+    For small data sets; CLIP itself needs `RandomSquareCrop` only.
+
+    size: R. mean, std: of the normalisation.
+    scale: smallest and largest area of the window, in areas of the picture.
+    aspect: the window's width to height is drawn between 1 / (1 + aspect) and 1 + aspect, evenly in its logarithm.
+    shift: the window moves up to this part of the picture's side further than it needs to stay inside.
+    rotation: largest turn, in degrees. flip: chance to be mirrored (captions that say left and right suffer).
+    brightness, contrast, saturation: a factor between 1 - x and 1 + x. erasing: chance that a rectangle is set to the mean colour.
+    erasing_area: its smallest and largest part of the picture.
+    """
+
+    size: int
+    mean: Sequence[float] = CLIP_MEAN
+    std: Sequence[float] = CLIP_STD
+    scale: Sequence[float] = (0.9, 1.0)
+    aspect: float = 0.0
+    shift: float = 0.0
+    rotation: float = 0.0
+    flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    erasing: float = 0.0
+    erasing_area: Sequence[float] = (0.02, 0.2)
+
+    takes_mixed_sizes: ClassVar[bool] = False
+    keeps_whole_picture: ClassVar[bool] = False
+    default_margin: ClassVar[float] = 1.125
+    CHUNK: ClassVar[int] = 32  # pictures whose intermediate values fit a cache; twice as fast as all at once
+    GREY: ClassVar[tuple[float, float, float]] = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
+
+    def __post_init__(self):
+        for name in ("scale", "erasing_area"):
+            low, high = pair = tuple(getattr(self, name))
+            if not 0.0 < low <= high:
+                raise ValueError(f"{name}={list(pair)} must be two rising numbers above 0")
+        for name in ("aspect", "shift", "rotation"):
+            _spread(getattr(self, name), name)
+        for name in ("flip", "brightness", "contrast", "saturation", "erasing"):
+            _spread(getattr(self, name), name, 1.0)
+
+    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """uint8 [B, 3, h, h] -> float32 [B, 3, R, R].
+
+        Raises:
+            ValueError: another dtype or shape, for instance pictures that are not square.
+        """
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or images.shape[2] != images.shape[3]
+            or images.dtype != torch.uint8
+        ):
+            raise ValueError(
+                f"expected square uint8 pictures [B, 3, h, h], got {images.dtype} of shape {tuple(images.shape)}"
+            )
+        count, device = len(images), images.device
+        plan = (*self._windows(count, generator, device), *self._factors(count, generator, device))
+        hidden = self._hidden(count, generator, device) if self.erasing else None
+        views = torch.empty(count, 3, self.size, self.size, device=device)
+        for start in range(0, count, self.CHUNK):
+            some = slice(start, start + self.CHUNK)
+            views[some] = self._view(images[some], *(part[some] for part in plan))
+        return views if hidden is None else views.masked_fill_(hidden, 0.0)
+
+    def _view(self, images, columns, rows, bright, contrast, colour) -> torch.Tensor:
+        """[b, 3, h, h], places [b, R, 2] and factors [b, 1, 1] -> [b, 3, R, R], normalised."""
+        grid = columns[:, None] + rows[:, :, None]  # [b, R, R, 2]
+        views = functional.grid_sample(
+            images.to(torch.float32), grid, mode="bilinear", padding_mode="border", align_corners=False
+        )
+        if self.brightness or self.contrast or self.saturation:
+            grey = torch.tensor(self.GREY, device=views.device)
+            mix = colour * torch.eye(3, device=views.device) + (1 - colour) * grey.expand(3, 3)  # [b, 3, 3]
+            mean_grey = (views.mean(dim=(2, 3)) @ grey)[:, None, None] * bright
+            offset = (mean_grey * (1 - contrast)).expand(-1, 3, 1)
+            # each of the three changes is affine in the pixel: one matrix a picture
+            views = torch.baddbmm(offset, bright * contrast * mix, views.flatten(2)).clamp_(0, 255).view_as(views)
+        return normalised(views, self.mean, self.std)
+
+    def _factors(self, count: int, generator: torch.Generator, device: torch.device) -> list[torch.Tensor]:
+        """Factors of brightness, contrast and saturation, each [B, 1, 1]."""
+        strengths = (self.brightness, self.contrast, self.saturation)
+        return [(1 + _uniform(generator, count, -1, 1, device) * strength)[:, None, None] for strength in strengths]
+
+    def _windows(
+        self, count: int, generator: torch.Generator, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, R, 2] twice: a pixel of the result is read at the sum of its column's and its row's (x, y), from -1 to 1."""
+        area = _uniform(generator, count, *self.scale, device)
+        stretch = (_uniform(generator, count, -1, 1, device) * math.log1p(self.aspect)).exp()
+        longest = max(1.0, math.sqrt(self.scale[1]))
+        width = (area * stretch).sqrt().clamp(max=longest)
+        height = (area / stretch).sqrt().clamp(max=longest)
+        centre_x = _uniform(generator, count, -1, 1, device) * ((1 - width).abs() + 2 * self.shift)
+        centre_y = _uniform(generator, count, -1, 1, device) * ((1 - height).abs() + 2 * self.shift)
+        angle = _uniform(generator, count, -1, 1, device) * math.radians(self.rotation)
+        side = torch.where(_uniform(generator, count, 0, 1, device) < self.flip, -1.0, 1.0)
+        cos, sin = angle.cos(), angle.sin()
+        place = (torch.arange(self.size, device=device) * 2 + 1) / self.size - 1  # pixel centres, [R]
+        along_x = torch.stack([cos, sin], dim=1) * (width * side)[:, None]
+        along_y = torch.stack([-sin, cos], dim=1) * height[:, None]
+        columns = place[:, None] * along_x[:, None] + torch.stack([centre_x, centre_y], dim=1)[:, None]
+        return columns, place[:, None] * along_y[:, None]
+
+    def _hidden(self, count: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+        """bool [B, 1, R, R]: the rectangle to erase, of some pictures."""
+        chosen = _uniform(generator, count, 0, 1, device) < self.erasing
+        area = _uniform(generator, count, *self.erasing_area, device)
+        stretch = _uniform(generator, count, -math.log(2), math.log(2), device).exp()
+        place = (torch.arange(self.size, device=device) + 0.5) / self.size
+        inside = []
+        for half in ((area * stretch).sqrt() / 2, (area / stretch).sqrt() / 2):
+            centre = _uniform(generator, count, 0, 1, device)
+            inside.append((place - centre[:, None]).abs() < half[:, None])  # [B, R]
+        return inside[0][:, None, :, None] & inside[1][:, None, None, :] & chosen[:, None, None, None]
+
+
+AUGMENTATIONS = {"random_square_crop": RandomSquareCrop, "random_resized_crop": RandomResizedCrop}
+
+
+def build_augmentation(
+    name: str, size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD, **numbers: Any
+) -> RandomSquareCrop | RandomResizedCrop:
+    """The augmentation of that name.
+
+    Raises:
+        ValueError: unknown name, or a number it does not have.
+    """
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"unknown augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}")
+    known = [field.name for field in fields(AUGMENTATIONS[name]) if field.name not in ("size", "mean", "std")]
+    for number in numbers:
+        if number not in known:
+            near = difflib.get_close_matches(number, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise ValueError(f"the augmentation {name} has no number {number!r}: {hint}")
+    return AUGMENTATIONS[name](size, mean, std, **numbers)
+
+
+class TrainingTransform:
+    """The two parts of a training transform, with size and colours of an image processor.
+
+    `prepare`: a PIL image -> uint8 [3, h, w], always the same. `augment`: (uint8 [B, 3, h, w], generator) -> float32 [B, 3, R, R].
+
+    Args:
+        image_processor: with `size`, `crop_size`, `resample`, `image_mean`, `image_std` as transformers' have, perhaps `background`.
+        name: of the augmentation; CLIP's own if not given.
+        canvas: length to which the shorter side is resized; if not given R for `random_square_crop`, which keeps the longer side
+            whole, and 9/8 R for `random_resized_crop`, for which the middle square is cut out.
+        numbers: of the augmentation.
+
+    Raises:
+        ValueError: a canvas smaller than R, an unknown name or number.
+    """
+
+    def __init__(
+        self, image_processor: Any, name: str = "random_square_crop", *, canvas: int | None = None, **numbers: Any
+    ):
+        side = _side(image_processor)
+        self.augment = build_augmentation(name, side, image_processor.image_mean, image_processor.image_std, **numbers)
+        self.canvas = round(side * self.augment.default_margin) if canvas is None else canvas
+        if self.canvas < side:
+            raise ValueError(
+                f"canvas={self.canvas} is smaller than the {side} pixels the model sees: give {side} or more"
+            )
+        self.resample = image_processor.resample
+        self.background = getattr(image_processor, "background", None)
+
+    def prepare(self, picture: Image.Image) -> torch.Tensor:
+        """PIL image -> uint8 [3, h, w], contiguous.
+
+        Raises:
+            ValueError: no pixels, too many, or a mode without a way to RGB.
+        """
+        resized = resize_picture(on_background(picture, self.background), self.canvas, self.resample)
+        if not self.augment.keeps_whole_picture:
+            resized = centre_crop(resized, self.canvas, self.canvas)
+        return to_tensor(to_rgb(resized)).contiguous()
+
+
+def _side(image_processor: Any) -> int:
+    """R of an image processor: what it crops to, or else resizes to."""
+    cropped = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else None
+    sizes: Mapping[str, Any] = dict(cropped or image_processor.size)
+    sides = {value for value in sizes.values() if value}
+    if len(sides) != 1:
+        raise ValueError(f"the image processor's size {sizes} is no square: set its size and crop_size to one number")
+    return int(sides.pop())

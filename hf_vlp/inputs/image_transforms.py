@@ -1,0 +1,211 @@
+"""One picture to a tensor, with the numbers of the original.
+
+CLIP, "Learning Transferable Visual Models From Natural Language Supervision" (https://arxiv.org/abs/2103.00020), the evaluation
+transform of the released code. Pictures are PIL images; R is the side of what the model sees. Depends on Pillow, numpy and torch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Where Pillow takes a file for a decompression bomb: twice a quarter of a GiB of RGB.
+MAX_PIXELS = 2 * (1024 * 1024 * 1024 // 4 // 3)
+ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+CHANNELS = (1, 3, 4)
+
+
+def check_size(width: int, height: int, what: str = "the picture") -> None:
+    """Refuse pictures without pixels and those beyond Pillow's own bound.
+
+    Raises:
+        ValueError: a side is zero, or there are more than 178,956,970 pixels.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"{what} has no pixels: it is {width} wide and {height} high. Leave it out.")
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{what} is {width} wide and {height} high, more than {MAX_PIXELS} pixels. Make it smaller or crop it."
+        )
+
+
+def picture_from_array(array: np.ndarray | torch.Tensor, channels_first: bool | None = None) -> Image.Image:
+    """A PIL picture of uint8 pixels [h, w], [C, h, w] or [h, w, C] with C of 1 (grey), 3 (RGB) or 4 (RGBA).
+
+    `channels_first` None: found out from the shape; where both ends fit, 3 channels win over 1 and 4, and the first axis over the last.
+
+    Raises:
+        ValueError: another dtype or shape, or a size that `check_size` refuses.
+    """
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu().numpy()
+    array = channels_to_front(array, channels_first)
+    array = array[0] if len(array) == 1 else array.transpose(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def channels_to_front(array: Any, channels_first: bool | None = None) -> Any:
+    """An array or tensor of uint8 pixels as [C, h, w], a view; see `picture_from_array`."""
+    shape = tuple(array.shape)
+    if array.dtype not in (np.uint8, torch.uint8):
+        raise ValueError(
+            f"pixels of an array or tensor must be uint8 from 0 to 255, got {array.dtype} of shape {shape}: convert them, "
+            "for instance (pixels * 255).round() to uint8 where they lie between 0 and 1"
+        )
+    if len(shape) == 2:
+        array, channels_first = array[None], True
+    elif len(shape) != 3:
+        raise ValueError(f"a picture must be [h, w], [C, h, w] or [h, w, C], got shape {shape}: give several in a list")
+    if channels_first is None:
+        ends = (shape[0], shape[2])
+        channels_first = ends[0] in CHANNELS and (ends[0] == 3 or ends[1] not in CHANNELS or ends[1] != 3)
+    if not channels_first:
+        array = array.transpose(2, 0, 1) if isinstance(array, np.ndarray) else array.permute(2, 0, 1)
+    channels, height, width = array.shape
+    check_size(width, height, f"the picture of shape {shape}")
+    if channels not in CHANNELS:
+        raise ValueError(f"a picture must have 1, 3 or 4 channels, got shape {shape}")
+    return array
+
+
+def plain_mode(picture: Image.Image) -> Image.Image:
+    """The picture in a mode with 8 bits a channel or fewer that Pillow resizes and converts as it should.
+
+    The original clips 16-bit pictures at 255, which leaves them white; here their high byte is kept.
+
+    Raises:
+        ValueError: the picture's numbers have no known range (mode F, and mode I outside 0..65535).
+    """
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode == "I":
+        pixels = np.asarray(picture)
+        low, high = int(pixels.min()), int(pixels.max())
+        if low < 0 or high > 65535:
+            raise ValueError(f"a picture of mode I has pixels from {low} to {high}: bring them to 0..255 first")
+        return Image.fromarray((pixels >> (8 if high > 255 else 0)).astype(np.uint8))
+    if picture.mode == "PA":  # Pillow would mix the palette's numbers
+        return picture.convert("RGBA")
+    if picture.mode == "La":  # Pillow knows no other way out of premultiplied grey
+        return picture.convert("LA")
+    if picture.mode == "F":
+        raise ValueError("a picture of mode F has no known range of pixels: bring them to 0..255 and mode L first")
+    return picture
+
+
+def has_alpha(picture: Image.Image) -> bool:
+    """Whether the picture says how transparent it is."""
+    return picture.mode in ALPHA_MODES or "transparency" in picture.info
+
+
+def on_background(picture: Image.Image, colour: Sequence[int] | None) -> Image.Image:
+    """A picture with transparency laid on `colour` (red, green, blue from 0 to 255), in mode RGB; others and with None: as they are.
+
+    Raises:
+        ValueError: `colour` is none.
+    """
+    if colour is None:
+        return picture
+    if len(colour) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in colour):
+        raise ValueError(f"background={colour!r} must be red, green and blue from 0 to 255")
+    if not has_alpha(picture):
+        return picture
+    picture = plain_mode(picture).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, (*colour, 255)), picture).convert("RGB")
+
+
+def resized_size(width: int, height: int, size: int | tuple[int, int]) -> tuple[int, int]:
+    """(width, height) after resizing: the shorter side to `size` with the longer one cut to a whole number, or to a (width, height).
+
+    Raises:
+        ValueError: either size is refused by `check_size`.
+    """
+    check_size(width, height)
+    if isinstance(size, int):
+        longer = int(size * max(width, height) / min(width, height))
+        size = (size, longer) if width <= height else (longer, size)
+    check_size(*size, f"the picture of {width} x {height} pixels, once resized,")
+    return size
+
+
+def resize_picture(
+    picture: Image.Image, size: int | tuple[int, int], resample: int = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Pillow's antialiased resizing to `resized_size`.
+
+    Pillow itself takes the nearest pixel for palettes and 1-bit pictures, and weighs colours by their opacity where there is alpha.
+    """
+    target = resized_size(*picture.size, size)
+    return plain_mode(picture).resize(target, resample)
+
+
+def crop_offset(length: int, crop: int) -> int:
+    """Where a central crop starts: half of what is left over, a half rounded to the even neighbour.
+
+    Below zero where the crop is longer than the picture: that much is filled with zeros.
+    """
+    return round((length - crop) / 2) if crop <= length else -((crop - length) // 2)
+
+
+def centre_crop(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of a picture."""
+    left, top = crop_offset(picture.width, width), crop_offset(picture.height, height)
+    return picture.crop((left, top, left + width, top + height))
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Three channels; alpha is dropped, not composed.
+
+    Raises:
+        ValueError: Pillow knows no way from this mode.
+    """
+    try:
+        return plain_mode(picture).convert("RGB")
+    except ValueError as error:
+        raise ValueError(
+            f"a picture of mode {picture.mode} cannot be converted to RGB ({error}): save it as PNG or JPEG"
+        ) from error
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """A picture with 8-bit channels -> uint8 [C, h, w]."""
+    pixels = np.array(picture)
+    pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+    return torch.from_numpy(pixels.astype(np.uint8, copy=False)).permute(2, 0, 1)
+
+
+def normalised(
+    pixels: torch.Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> torch.Tensor:
+    """Pixels [..., 3, H, W] from 0 to 255 -> float32 of the same shape, (pixel / 255 - mean) / std by channel; float32 is reused."""
+    shift = torch.tensor(mean, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
+    scale = torch.tensor(std, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
+    return pixels.to(torch.float32).div_(255).sub_(shift).div_(scale)
+
+
+def clip_eval(
+    picture: Image.Image,
+    size: int,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    resample: int = Image.Resampling.BICUBIC,
+) -> torch.Tensor:
+    """CLIP's evaluation transform: resize the shorter side, crop the middle, and only then convert to RGB; numbers as the original's.
+
+    Args:
+        picture: a PIL image of any mode.
+        size: R.
+
+    Returns:
+        float32 [3, R, R].
+
+    Raises:
+        ValueError: no pixels, too many, or a mode without a way to RGB.
+    """
+    cropped = centre_crop(resize_picture(picture, size, resample), size, size)
+    return normalised(to_tensor(to_rgb(cropped)), mean, std)

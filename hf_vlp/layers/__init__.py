@@ -1,0 +1,1 @@
+"""Parts that several architectures are built from; none of them knows a model."""

@@ -1,0 +1,108 @@
+"""Multi-head attention for every architecture, sent through the attention dispatch of transformers.
+
+Self-attention when only `hidden_states` is given, cross-attention when `key_value_states` is given as well.
+The four projections are plain linear layers, which adapters and quantisers need.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, the only one that returns its weights.
+
+    `query` [B, heads, Q, d], `key` and `value` [B, heads, L, d]; `attention_mask` additive, broadcastable to [B, heads, Q, L].
+    Returns the mixed values [B, Q, heads, d] and the weights [B, heads, Q, L].
+    """
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling  # [B, heads, Q, L]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    elif module.is_causal and query.shape[2] > 1:
+        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(above, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(dropped, value).transpose(1, 2).contiguous(), weights
+
+
+class Attention(nn.Module):
+    """Multi-head attention ("Attention Is All You Need", section 3.2.2), scale 1/sqrt(head size).
+
+    Args:
+        config: configuration whose attention implementation ("eager", "sdpa", "flash_attention_2", "flex_attention") decides the kernel.
+        hidden_size: width D of the queries; must be a multiple of `num_heads`.
+        num_heads: number of heads.
+        key_value_size: width of the keys' and values' source, D if None.
+        out_size: width of the result, D if None.
+        dropout: probability of dropping an attention weight in training.
+        is_causal: a query sees no later position (self-attention only).
+
+    Raises:
+        ValueError: if `hidden_size` is not a multiple of `num_heads`.
+    """
+
+    def __init__(
+        self,
+        config,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        key_value_size: int | None = None,
+        out_size: int | None = None,
+        dropout: float = 0.0,
+        is_causal: bool = False,
+    ):
+        super().__init__()
+        if num_heads < 1 or hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}: choose heads that divide it")
+        self.config = config
+        self.num_heads = num_heads
+        self.head_size = hidden_size // num_heads
+        self.scaling = self.head_size**-0.5
+        self.dropout = dropout
+        self.is_causal = is_causal
+        key_value_size = hidden_size if key_value_size is None else key_value_size
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(key_value_size, hidden_size)
+        self.v_proj = nn.Linear(key_value_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size if out_size is None else out_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden_states` [B, Q, D] attend to `key_value_states` [B, L, key_value_size], or to themselves.
+
+        `attention_mask` is what transformers' mask functions make for the chosen implementation (None: everything, or
+        the causal triangle where `is_causal`). Returns [B, Q, out_size] and, with "eager" only, the weights [B, heads, Q, L].
+        """
+        source = hidden_states if key_value_states is None else key_value_states
+        query, key, value = (
+            projection(states).unflatten(-1, (self.num_heads, self.head_size)).transpose(1, 2)  # [B, heads, ., head size]
+            for projection, states in ((self.q_proj, hidden_states), (self.k_proj, source), (self.v_proj, source))
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        mixed, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.out_proj(mixed.flatten(2)), weights  # [B, Q, out_size]

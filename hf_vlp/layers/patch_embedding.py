@@ -1,0 +1,48 @@
+"""Image to patch tokens, and position tables that follow the image's size."""
+
+import torch
+from torch import nn
+
+
+class PatchEmbedding(nn.Conv2d):
+    """Non-overlapping square patches, each mapped to width D (ViT, "An Image is Worth 16x16 Words", Eq. 1).
+
+    Pixels to the right of, or below, the last whole patch are not seen, as with any strided convolution.
+    """
+
+    def __init__(self, num_channels: int, hidden_size: int, patch_size: int, bias: bool = True):
+        super().__init__(num_channels, hidden_size, kernel_size=patch_size, stride=patch_size, bias=bias)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] -> [B, D, H // patch, W // patch].
+
+        Raises:
+            ValueError: for an image smaller than one patch or with another number of channels.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.in_channels:
+            raise ValueError(f"pixel_values must be [B, {self.in_channels}, H, W], got shape {tuple(pixel_values.shape)}")
+        patch = self.kernel_size[0]
+        if pixel_values.shape[-2] < patch or pixel_values.shape[-1] < patch:
+            raise ValueError(f"pixel_values of {tuple(pixel_values.shape[-2:])} pixels are smaller than one patch of {patch}")
+        return super().forward(pixel_values.to(self.weight.dtype))
+
+
+def resize_position_table(table: torch.Tensor, grid: tuple[int, int], prefix: int = 1, mode: str = "bicubic") -> torch.Tensor:
+    """A learned table for a square grid, interpolated to another grid.
+
+    `table` [prefix + g*g, D]: first `prefix` rows without a place (class token), then the g x g grid in raster order.
+    Returns [prefix + h*w, D] for `grid` = (h, w), the table itself where the grid is the same; interpolation in float32
+    with `mode`, pixel centres aligned (align_corners=False), the usual way of ViT fine-tuning at another resolution.
+
+    Raises:
+        ValueError: if the table's grid is not square.
+    """
+    side = round((table.shape[0] - prefix) ** 0.5)
+    if side * side != table.shape[0] - prefix:
+        raise ValueError(f"a position table of {table.shape[0]} rows holds no square grid behind {prefix} prefix row(s)")
+    if tuple(grid) == (side, side):
+        return table
+    square = table[prefix:].float().unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)  # [1, D, g, g]
+    resized = nn.functional.interpolate(square, size=tuple(grid), mode=mode, align_corners=False)
+    resized = resized.squeeze(0).flatten(1).transpose(0, 1).to(table.dtype)  # [h*w, D]
+    return torch.cat([table[:prefix], resized])

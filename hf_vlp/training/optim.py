@@ -1,0 +1,191 @@
+"""Parameter groups, AdamW and the learning-rate schedule of a recipe."""
+
+import difflib
+import math
+import re
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hf_vlp.training.recipe import OptimizerRecipe
+
+# "...layers.3." of a transformer, "...layer2." of a ResNet: the tower before it, and the number of the block
+_BLOCK = re.compile(r"^(?P<tower>.*?)\blayers?\.?(?P<number>\d+)\.")
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    *,
+    no_decay: list[str] | tuple[str, ...] = (),
+    lr_factors: dict[str, float] | None = None,
+    layer_decay: float = 1.0,
+) -> list[dict]:
+    """The trainable parameters, grouped by weight decay and learning rate.
+
+    Norms, biases, scales and single vectors (fewer than two dimensions) never decay.
+
+    Args:
+        no_decay: regular expressions searched in the parameter names; matching weights do not decay either.
+        lr_factors: regular expression -> factor on the rate; where several match, the factors multiply.
+        layer_decay: factor on the rate for every block between a parameter and the top of its tower; a tower is what
+            comes before `layers.N.` or `layerN.` in a name.
+
+    Returns:
+        Groups of AdamW with `names` beside `params`, in the order in which the model first needs them.
+
+    Raises:
+        ValueError: a pattern that matches no parameter, or nothing left to train.
+    """
+    lr_factors = lr_factors or {}
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in (*no_decay, *lr_factors):
+        _matching(pattern, names)
+    depth = _depth_from_top(names)
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim >= 2 and not any(re.search(pattern, name) for pattern in no_decay)
+        factor = math.prod(value for pattern, value in lr_factors.items() if re.search(pattern, name))
+        factor *= layer_decay ** depth[name]
+        key = (weight_decay if decays else 0.0, lr * factor)
+        group = groups.setdefault(key, {"params": [], "names": [], "weight_decay": key[0], "lr": key[1]})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    if not groups:
+        raise ValueError("no parameter is left to train: every one is frozen")
+    return list(groups.values())
+
+
+def optimizer_of(model: nn.Module, recipe: OptimizerRecipe, pairs: int) -> torch.optim.AdamW:
+    """Freezes, groups and builds what a recipe says, for `pairs` pairs a step."""
+    freeze(model, recipe.freeze)
+    groups = parameter_groups(
+        model,
+        scaled_rate(recipe.lr, batch=pairs, lr_batch=recipe.lr_batch, rule=recipe.lr_rule),
+        recipe.weight_decay,
+        no_decay=recipe.no_decay,
+        lr_factors=recipe.lr_factors,
+        layer_decay=recipe.layer_decay,
+    )
+    return adamw(groups, betas=recipe.betas, eps=recipe.eps)
+
+
+def freeze(model: nn.Module, patterns: list[str] | tuple[str, ...]) -> list[str]:
+    """Cuts the parameters whose names match from training; `training_mode` keeps their batch statistics still.
+
+    Returns:
+        The frozen names.
+
+    Raises:
+        ValueError: a pattern that is no regular expression or matches no parameter.
+    """
+    parameters = dict(model.named_parameters())
+    frozen = sorted({name for pattern in patterns for name in _matching(pattern, list(parameters))})
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    return frozen
+
+
+def training_mode(model: nn.Module) -> None:
+    """`model.train()`, but a batch norm whose parameters are all frozen keeps and uses its stored statistics."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
+
+
+def adamw(groups: list[dict], *, betas: tuple[float, float] | list[float], eps: float) -> torch.optim.AdamW:
+    """AdamW with its fused kernel on CPU and CUDA, where one kernel instead of several per tensor does the update."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return torch.optim.AdamW(groups, betas=tuple(betas), eps=eps, fused=devices <= {"cpu", "cuda"})
+
+
+def scaled_rate(lr: float, *, batch: int, lr_batch: int | None, rule: str) -> float:
+    """The rate for `batch` pairs a step, given the rate that holds for `lr_batch`; "linear" or "sqrt" in the batch."""
+    if lr_batch is None:
+        return lr
+    return lr * (batch / lr_batch if rule == "linear" else math.sqrt(batch / lr_batch))
+
+
+def rate_factor(
+    step: int, *, name: str, total_steps: int, warmup_steps: int = 0, power: float = 1.0, end_factor: float = 0.0
+) -> float:
+    """The factor on the peak rate at optimizer step `step` (from 0): linear warm-up from 0, then down to `end_factor`.
+
+    "cosine": half a cosine wave; "linear"; "polynomial": (1 - progress) ** power; "constant": 1. With `end_factor` 0
+    the values are those of the transformers schedules of the same names.
+    """
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if name == "constant":
+        return 1.0
+    if name == "cosine":
+        falling = 0.5 * (1.0 + math.cos(math.pi * progress))
+    elif name in ("linear", "polynomial"):
+        falling = (1.0 - progress) ** (power if name == "polynomial" else 1.0)
+    else:
+        raise ValueError(f"schedule {name!r}: expected cosine, linear, polynomial or constant")
+    return end_factor + (1.0 - end_factor) * falling
+
+
+def schedule(
+    optimizer: torch.optim.Optimizer,
+    *,
+    name: str,
+    total_steps: int,
+    warmup_steps: int = 0,
+    power: float = 1.0,
+    end_factor: float = 0.0,
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """`rate_factor` as a scheduler, to be stepped once for each optimizer step."""
+    if warmup_steps >= total_steps and name != "constant":
+        raise ValueError(f"schedule.warmup_steps = {warmup_steps}: expected fewer than the run's {total_steps} steps")
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: rate_factor(
+            step, name=name, total_steps=total_steps, warmup_steps=warmup_steps, power=power, end_factor=end_factor
+        ),
+    )
+
+
+def _matching(pattern: str, names: list[str]) -> list[str]:
+    try:
+        matches = [name for name in names if re.search(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from error
+    if not matches:
+        parts = {name.rsplit(".", count)[0] for name in names for count in range(name.count(".") + 1)}
+        nearest = difflib.get_close_matches(pattern, parts, n=3, cutoff=0.0)
+        raise ValueError(f"the pattern {pattern!r} matches no parameter; near names: {', '.join(nearest)}")
+    return matches
+
+
+def _depth_from_top(names: list[str]) -> dict[str, int]:
+    """Blocks between each parameter and the top of its tower; what precedes the first block lies one deeper than it."""
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        if match := _BLOCK.match(name):
+            numbers.setdefault(match["tower"], set()).add(int(match["number"]))
+    # a tower's stem lies beside its encoder: "text_model.embeddings" belongs to "text_model.encoder."
+    stems = {tower: _trunk(tower) for tower in numbers}
+    depth, seen = {}, set()
+    for name in names:
+        match = _BLOCK.match(name)
+        if match:
+            seen.add(match["tower"])
+            depth[name] = max(numbers[match["tower"]]) - int(match["number"])
+        else:
+            below = [tower for tower, stem in stems.items() if stem and name.startswith(stem) and tower not in seen]
+            depth[name] = max((len(numbers[tower]) for tower in below), default=0)
+    return depth
+
+
+def _trunk(tower: str) -> str:
+    return re.sub(r"(encoder|resnet|transformer|blocks)\.$", "", tower)

@@ -1,0 +1,378 @@
+"""Typed recipes: nested dataclasses read from YAML, overridden from the command line.
+
+Every number of a run is a key here. A key that does not exist, a value of the wrong type and a missing required key are
+each a `RecipeError` that names the key. A relative path is meant from the folder the run is started in.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hf_vlp.training.state import write_text
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run as written; the message names the key, the value and the remedy."""
+
+
+@dataclass
+class ModelRecipe:
+    """Which model: `model_type` with a `config` for random weights, or the folder `from_pretrained`."""
+
+    model_type: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    from_pretrained: str | None = None
+
+    def __post_init__(self):
+        if (self.model_type is None) == (self.from_pretrained is None):
+            raise RecipeError("model: give exactly one of model.model_type (random weights) and model.from_pretrained")
+
+
+@dataclass
+class ProcessorRecipe:
+    """What turns pictures and captions into tensors: a saved processor, or one made for this run.
+
+    `from_pretrained`: a saved processor (default with `model.from_pretrained`: that folder). `tokenizer`: a tokenizer
+    folder, or a merges file in the layout of CLIP's `bpe_simple_vocab_16e6.txt.gz`. Without either a byte-level
+    vocabulary of `vocabulary_size` entries is trained on the captions. `max_length`: tokens with both marks.
+    `image_processor`: further arguments of the image processor (the size comes from the model's config).
+    """
+
+    from_pretrained: str | None = None
+    tokenizer: str | None = None
+    vocabulary_size: int = 4096
+    max_length: int = 77
+    text_cleaning: str | None = None
+    image_processor: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ExtraTextRecipe:
+    """Keywords appended to the training captions: the `columns` that hold them (comma-separated or lists), what stands
+    before each, whether their order is drawn anew every epoch, and the chance of each to be kept."""
+
+    columns: list[str]
+    separator: str = ", "
+    shuffle: bool = False
+    keep: float = 1.0
+
+
+@dataclass
+class DataRecipe:
+    """The pairs. `train`, `validation`, `test`: a .parquet, .jsonl, .json, .csv or .tsv file, an image folder or a Hub
+    id (with `*_split`).
+
+    `columns` renames the file's columns to the record's (`image`, `captions`, `image_id`; `captions` may join several).
+    `augmentation`: `name`, `canvas` and the numbers of a `TrainingTransform` of `hf_vlp.inputs.image_transforms`; empty
+    is CLIP's own random square crop. `cache` keeps the decoded uint8 pictures in memory. `first_caption`: always the
+    first of several instead of a drawn one.
+    """
+
+    train: str
+    validation: str | None = None
+    test: str | None = None
+    train_split: str | None = None
+    validation_split: str | None = None
+    test_split: str | None = None
+    columns: dict[str, Any] | None = None
+    image_root: str | None = None
+    extra_text: ExtraTextRecipe | None = None
+    first_caption: bool = False
+    augmentation: dict[str, Any] = field(default_factory=dict)
+    cache: bool = False
+    on_bad_record: Literal["raise", "skip"] = "raise"
+
+
+@dataclass
+class OptimizerRecipe:
+    """AdamW. Patterns are regular expressions searched in the parameter names.
+
+    `lr` holds for `lr_batch` pairs a step where that is given and is scaled by `lr_rule` to the run's own batch.
+    `lr_factors` multiplies the rate of the matching parameters; `layer_decay` multiplies it once more for every block
+    between a parameter and the top of its tower; `no_decay` adds to norms, biases and scales, which never decay.
+    """
+
+    lr: float = 5e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    no_decay: list[str] = field(default_factory=list)
+    lr_batch: int | None = None
+    lr_rule: Literal["linear", "sqrt"] = "linear"
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    layer_decay: float = 1.0
+    freeze: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        _at_least("optimizer", self, lr=0, eps=0, weight_decay=0, layer_decay=0)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise RecipeError(f"optimizer.betas = {self.betas}: expected two numbers in [0, 1)")
+
+
+@dataclass
+class ScheduleRecipe:
+    """The factor on the learning rate: linear warm-up, then `name` down to `end_factor`."""
+
+    name: Literal["cosine", "linear", "polynomial", "constant"] = "cosine"
+    warmup_steps: int = 0
+    power: float = 1.0
+    end_factor: float = 0.0
+
+    def __post_init__(self):
+        _at_least("schedule", self, warmup_steps=0, power=0, end_factor=0)
+
+
+@dataclass
+class TrainingRecipe:
+    """The loop. `batch_size` counts the pairs of one contrastive batch over all processes, so that the number of
+    processes does not change the run; a step takes `accumulation` such batches.
+
+    `cached_chunk_size`: pairs (a process) per forward of the cached contrastive step; null = the plain step.
+    `evaluate_every`, `save_every`: steps; null = only at the start and the end, and only at the end. `best_metric`: the
+    validation metric (higher is better) that marks the best checkpoint; `final`: which one becomes the saved model.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 128
+    accumulation: int = 1
+    cached_chunk_size: int | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    clip_norm: float | None = None
+    seed: int = 0
+    channels_last: bool = False
+    compile: bool = False
+    checkpointing: bool = False
+    attention: str | None = None
+    workers: int = 0
+    log_every: int = 10
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    keep: int = 2
+    best_metric: str = "validation/rsum"
+    final: Literal["last", "best"] = "last"
+
+    def __post_init__(self):
+        if (self.steps is None) == (self.epochs is None):
+            raise RecipeError("training: give exactly one of training.steps and training.epochs")
+        _at_least("training", self, steps=1, epochs=1, batch_size=2, accumulation=1, cached_chunk_size=1, workers=0)
+        _at_least("training", self, log_every=1, evaluate_every=1, save_every=1, keep=1, clip_norm=0, seed=0)
+
+
+@dataclass
+class Recipe:
+    """One run, whole."""
+
+    model: ModelRecipe
+    data: DataRecipe
+    training: TrainingRecipe
+    name: str = "run"
+    processor: ProcessorRecipe = field(default_factory=ProcessorRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    trackers: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.training.final == "best" and self.data.validation is None:
+            raise RecipeError(
+                "training.final = best needs data.validation to choose by; the test split must not choose"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self, path: str | Path) -> Path:
+        """Writes every key, defaults too, under a temporary name that is then renamed."""
+        return write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        path: a YAML file; its name without suffix is the recipe's name unless the key `name` says otherwise.
+        overrides: command-line words: `--training.batch_size 64`, `--training.batch_size=64`, or the last part of the
+            key alone where only one key ends so (`--batch_size 64`). Values are read as YAML. A truth value may stand
+            without a word after it.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown, ambiguous or missing key, a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not readable as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds {type(tree).__name__}, expected the sections {', '.join(_names(Recipe))}")
+    for words, value in _pairs(list(overrides)):
+        _put(tree, words, value)
+    tree.setdefault("name", path.stem)
+    return _build(Recipe, tree, "")
+
+
+def differences(one: Recipe, other: Recipe) -> list[str]:
+    """The dotted keys in which two recipes differ, each with both values."""
+    a, b = flatten(one.to_dict()), flatten(other.to_dict())
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted(a | b) if a.get(key) != b.get(key)]
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def _build(kind: type, tree: Any, where: str):
+    """`tree` as a dataclass of type `kind`; `where` is the dotted key of the section, "" at the top."""
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{where or 'recipe'} = {tree!r}: expected a section with keys {', '.join(_names(kind))}")
+    for key in tree:
+        if key not in _names(kind):
+            raise RecipeError(_unknown(f"{where}.{key}" if where else str(key), where))
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for item in fields(kind):
+        key = f"{where}.{item.name}" if where else item.name
+        if item.name in tree:
+            values[item.name] = _typed(hints[item.name], tree[item.name], key)
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"{key} is required: write it in the recipe or give --{key} VALUE")
+    return kind(**values)
+
+
+def _typed(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the annotated type; an integer passes for a float, and so does 1e-4, which YAML reads as a word."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    wrong = RecipeError(f"{key} = {value!r}: expected {_describe(hint)}, got {type(value).__name__}")
+    if hint is Any:
+        return value
+    if is_dataclass(hint):
+        return _build(hint, value, key)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _typed(next(argument for argument in arguments if argument is not type(None)), value, key)
+    if origin is Literal:
+        # YAML 1.1 reads the bare word no as false
+        value = "no" if value is False and "no" in arguments else value
+        if value not in arguments:
+            raise RecipeError(f"{key} = {value!r}: expected {_describe(hint)}")
+        return value
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise wrong
+        return [_typed(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise wrong
+        return {_typed(arguments[0], k, key): _typed(arguments[1], v, f"{key}.{k}") for k, v in value.items()}
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise wrong from None
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise wrong
+    return value
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if argument is type(None) else _describe(argument) for argument in arguments)
+    return getattr(hint, "__name__", str(hint)) if origin is None else str(hint).replace("typing.", "")
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def _pairs(words: list[str]) -> list[tuple[str, Any]]:
+    """`--key value`, `--key=value` and bare `--key` as (key, value)."""
+    pairs, index = [], 0
+    while index < len(words):
+        word, index = words[index], index + 1
+        if not word.startswith("--") or len(word) == 2:
+            raise RecipeError(f"{word!r} on the command line: expected --key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            following = index < len(words) and not words[index].startswith("--")
+            value, index = (words[index], index + 1) if following else ("true", index)
+        try:
+            pairs.append((key, yaml.safe_load(value)))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--{key} {value}: the value is not readable as YAML") from error
+    return pairs
+
+
+def _put(tree: dict, key: str, value: Any) -> None:
+    """Sets a dotted key, or a last part that only one key has, in the nested dictionary."""
+    if "." not in key and key not in _names(Recipe):
+        matches = [full for full in _keys(Recipe) if full.rsplit(".", 1)[-1] == key]
+        if len(matches) > 1:
+            raise RecipeError(f"--{key} is ambiguous: write --{' or --'.join(matches)}")
+        if not matches:
+            raise RecipeError(_unknown(key, ""))
+        key = matches[0]
+    *sections, last = key.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise RecipeError(_unknown(key, ""))
+    tree[last] = value
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+
+def _names(kind: type) -> list[str]:
+    return [item.name for item in fields(kind)]
+
+
+def _keys(kind: type, where: str = "") -> list[str]:
+    """All dotted keys, sections and leaves."""
+    found = []
+    for name, hint in typing.get_type_hints(kind).items():
+        found.append(where + name)
+        for section in (hint, *typing.get_args(hint)):
+            if is_dataclass(section):
+                found += _keys(section, f"{where}{name}.")
+    return found
+
+
+def _unknown(key: str, section: str) -> str:
+    """The nearest key of the same section if one is near, else the nearest by its last part anywhere."""
+    last = {full: full.rsplit(".", 1)[-1] for full in _keys(Recipe)}
+    here = [full for full in last if full.rpartition(".")[0] == section] if section else []
+    word = key.rsplit(".", 1)[-1]
+
+    def nearness(full: str) -> tuple[float, bool]:
+        return difflib.SequenceMatcher(None, word, last[full]).ratio() + (0.15 if full in here else 0.0), full in here
+
+    nearest = max(last, key=nearness)
+    within = f" in the section {section}" if section else ""
+    return f"unknown recipe key {key!r}{within}; the nearest valid key is {nearest!r}"
+
+
+def flatten(tree: dict, where: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one of dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
+    return flat
+
+
+def _at_least(section: str, recipe: Any, **bounds: float) -> None:
+    for name, bound in bounds.items():
+        value = getattr(recipe, name)
+        if value is not None and not value >= bound:
+            raise RecipeError(f"{section}.{name} = {value}: expected at least {bound}")

@@ -1,0 +1,534 @@
+"""What every registered class promises, whatever its architecture: one test a promise, one run a row of `rows.py`."""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_vlp.auto import OWN_AUTO_CLASSES, TABLE
+from tests.contract.rows import END, ROWS, VOCABULARY, Row
+
+EQUAL = 1e-6  # the same weights in other memory: some kernels choose their order of summation by alignment
+
+
+class Subject:
+    """A row's model, its outputs and its saved folder; nothing here is changed by a test."""
+
+    def __init__(self, row: Row, folder):
+        self.row, self.folder = row, folder
+        self.model = row.build()
+        self.model.save_pretrained(folder)
+        self.batch = row.batch()
+        self.outputs = run(self.model, self.batch)
+
+    def load(self, **kwargs):
+        return self.row.model_class.from_pretrained(self.folder, **kwargs)
+
+
+@pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.name)
+def subject(request, tmp_path_factory) -> Subject:
+    return Subject(request.param, tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def garbage_memory():
+    """New memory holds NaN, so that a tensor nobody wrote to is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def is_first_of_its_class(row: Row) -> bool:
+    """For what takes seconds: one variant of each class (the towers are classes of their own)."""
+    return row is next(other for other in ROWS if other.model == row.model)
+
+
+def rows(condition) -> pytest.MarkDecorator:
+    """The subjects for whose rows `condition` holds, in place of all."""
+    chosen = [row for row in ROWS if condition(row)]
+    return pytest.mark.parametrize("subject", chosen, ids=lambda row: row.name, indirect=True)
+
+
+def named_tensors(value, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a nested output with its path."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from named_tensors(part, f"{name}.{key}")
+    elif isinstance(value, (tuple, list)):
+        for index, part in enumerate(value):
+            yield from named_tensors(part, f"{name}.{index}")
+
+
+@torch.no_grad()
+def run(model, batch, **kwargs) -> dict[str, torch.Tensor]:
+    return dict(named_tensors(model(**batch, **kwargs)))
+
+
+def scalar(output) -> torch.Tensor:
+    """The loss where there is one, else a sum of everything with weights that let nothing cancel."""
+    if output.get("loss") is not None:
+        return output["loss"]
+    return sum((tensor * torch.arange(tensor.numel()).cos().view(tensor.shape)).sum() for _, tensor in named_tensors(output))
+
+
+def gradients(model, batch) -> dict[str, torch.Tensor | None]:
+    model.zero_grad()
+    scalar(model(**batch)).backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    """Largest |a - b| over tensors of the same names, relative to each tensor's largest value where that is above 1."""
+    assert one.keys() == other.keys()
+    return max(((one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1)).item() for k in one)
+
+
+def submodel(output, path: str):
+    return output[path] if path else output
+
+
+def text_tower(model):
+    """The part of the model that holds the token embedding."""
+    return getattr(getattr(model, "clip", model), "text_model", model)
+
+
+def auto_class(name: str):
+    if name in OWN_AUTO_CLASSES:
+        import hf_vlp
+
+        return getattr(hf_vlp, name)
+    return getattr(transformers, name)
+
+
+def test_every_class_has_a_row():
+    registered = {(model_type, model) for model_type, row in TABLE.items() for model in row.models.values()}
+    assert registered == {(row.config().model_type, row.model) for row in ROWS}
+
+
+# Saving and loading
+
+
+def test_a_saved_model_loads_to_equal_outputs(subject):
+    loaded, info = subject.load(output_loading_info=True)
+    assert not any(info.values()), info
+    assert not loaded.training
+    assert largest_difference(subject.outputs, run(loaded, subject.batch)) < EQUAL
+    other = run(subject.row.build(seed=5), subject.batch)
+    assert largest_difference(subject.outputs, other) > 1e-3
+
+
+def test_a_saved_folder_holds_safetensors_and_json_only(subject):
+    assert {path.name for path in subject.folder.iterdir()} == {"config.json", "model.safetensors"}
+    stored, held = load_file(subject.folder / "model.safetensors"), subject.model.state_dict()
+    assert stored.keys() == held.keys()
+    assert all(torch.equal(stored[name], held[name]) for name in held)
+
+
+def test_a_second_save_writes_the_same_names(subject, tmp_path):
+    subject.load().save_pretrained(tmp_path)
+    first, second = load_file(subject.folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert first.keys() == second.keys()
+
+
+def test_auto_classes_load_this_class(subject):
+    assert subject.row.auto_classes
+    for name in subject.row.auto_classes:
+        loaded = auto_class(name).from_pretrained(subject.folder)
+        assert type(loaded) is subject.row.model_class
+        assert type(auto_class(name).from_config(subject.row.config())) is subject.row.model_class
+
+
+def test_the_configuration_survives_the_folder(subject):
+    loaded = AutoConfig.from_pretrained(subject.folder)
+    assert type(loaded) is type(subject.model.config)
+    assert loaded.to_diff_dict() == subject.model.config.to_diff_dict()
+    assert json.loads((subject.folder / "config.json").read_text())["architectures"] == [subject.row.model_class.__name__]
+
+
+def test_shards_load_to_equal_outputs(subject, tmp_path):
+    subject.model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = subject.row.model_class.from_pretrained(tmp_path)
+    assert largest_difference(subject.outputs, run(loaded, subject.batch)) < EQUAL
+
+
+@pytest.mark.parametrize("kept", ["none", "even", "odd"])
+def test_what_a_checkpoint_lacks_is_initialised(subject, kept, garbage_memory):
+    """Loading builds on the meta device: a parameter or buffer that `_init_weights` forgets would be memory garbage."""
+    stored = subject.model.state_dict()
+    names = [name for index, name in enumerate(stored) if kept == ("even", "odd")[index % 2]]
+    loaded = subject.row.model_class.from_pretrained(
+        None, config=subject.row.config(), state_dict={name: stored[name] for name in names}
+    )
+    fresh = subject.row.model_class._from_config(subject.row.config())
+    for (name, tensor), start in zip([*loaded.named_parameters(), *loaded.named_buffers()], [*fresh.parameters(), *fresh.buffers()]):
+        assert tensor.device.type == "cpu", name
+        if name in names:
+            assert torch.equal(tensor, stored[name]), f"{name} was overwritten"
+        elif not start.is_floating_point() or start.numel() < 2 or start.std() == 0:
+            assert torch.equal(tensor, start), f"{name} is {tensor} and starts at {start}"
+        else:
+            assert tensor.isfinite().all(), f"{name} is not initialised"
+            spread = 5 / start.numel() ** 0.5  # five standard errors of a ratio of two estimates
+            assert abs(tensor.std() / start.std() - 1) < spread, f"{name} has std {tensor.std()}, starts with {start.std()}"
+
+
+def test_dtype_of_loading(subject):
+    assert {p.dtype for p in subject.load(dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+# The forward pass
+
+
+def test_the_forward_repeats_itself(subject):
+    again = run(subject.model, subject.batch)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in subject.outputs.items())
+
+
+def test_return_dict_false_gives_the_same_as_a_tuple(subject):
+    as_tuple = subject.model(**subject.batch, return_dict=False)
+    assert type(as_tuple) is tuple
+    tensors = [tensor for _, tensor in named_tensors(as_tuple)]
+    assert len(tensors) == len(subject.outputs)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, subject.outputs.values(), strict=True))
+
+
+def test_order_of_the_batch_does_not_matter(subject):
+    order = torch.tensor([2, 0, 3, 1])
+    turned = run(subject.model, {name: tensor[order] for name, tensor in subject.batch.items()})
+    for name, tensor in subject.outputs.items():
+        expected = tensor[order] if tensor.ndim else tensor
+        if "logits_per" in name:
+            expected = expected[:, order]
+        assert torch.allclose(turned[name], expected, atol=1e-5), name
+
+
+def test_a_row_does_not_see_its_neighbours(subject):
+    alone = run(subject.model, {name: tensor[:1] for name, tensor in subject.batch.items()})
+    for name, tensor in alone.items():
+        if tensor.ndim and "logits_per" not in name:
+            assert torch.allclose(tensor, subject.outputs[name][:1], atol=1e-5), name
+
+
+@rows(lambda row: row.has_text)
+def test_padding_does_not_matter(subject):
+    wider = dict(subject.batch)
+    wider["input_ids"] = torch.nn.functional.pad(subject.batch["input_ids"], (0, 4), value=END)
+    wider["attention_mask"] = torch.nn.functional.pad(subject.batch["attention_mask"], (0, 4))
+    padded = run(subject.model, wider)
+    compared = [name for name in subject.outputs if "last_hidden_state" not in name]
+    for name in compared:
+        assert torch.allclose(padded[name], subject.outputs[name], atol=1e-5), name
+
+    changed = dict(subject.batch, input_ids=subject.batch["input_ids"].clone())
+    changed["input_ids"][:, 1] = changed["input_ids"][:, 1] % 20 + 4
+    other = run(subject.model, changed)
+    text_sided = [name for name in compared if "vision" not in name and "image_embeds" not in name]
+    assert text_sided and all(not torch.allclose(other[name], subject.outputs[name], atol=1e-5) for name in text_sided)
+
+
+@rows(lambda row: row.has_text)
+def test_a_text_shorter_than_the_batch_needs_no_padding(subject):
+    row = {name: tensor[3:4] for name, tensor in subject.batch.items()}
+    cut = {name: tensor[:, :4] if name in ("input_ids", "attention_mask") else tensor for name, tensor in row.items()}
+    whole, short = run(subject.model, row), run(subject.model, cut)
+    assert all(torch.allclose(whole[name], short[name], atol=1e-5) for name in whole if "last_hidden_state" not in name)
+
+
+@rows(lambda row: row.has_image)
+def test_images_of_another_size(subject):
+    other = subject.row.batch(size=subject.row.other_size)
+    outputs = run(subject.model, other)
+    assert all(tensor.isfinite().all() for tensor in outputs.values())
+    same = [name for name in outputs if "last_hidden_state" not in name]
+    assert all(outputs[name].shape == subject.outputs[name].shape for name in same)
+    again = run(subject.model, subject.batch)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in subject.outputs.items())
+
+
+@rows(lambda row: row.recorded)
+def test_states_and_attention_maps_are_recorded(subject):
+    model = subject.load(attn_implementation="eager")
+    output = model(**subject.batch, output_hidden_states=True, output_attentions=True)
+    plain = model(**subject.batch)
+    for path, (states, maps) in subject.row.recorded.items():
+        part = submodel(output, path)
+        assert len(part.hidden_states) == states and len(part.attentions) == maps
+        assert all(len(state) == 4 for state in part.hidden_states)
+        for weights in part.attentions:
+            assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:-1]), atol=1e-5)
+        assert submodel(plain, path).hidden_states is None and submodel(plain, path).attentions is None
+
+
+# Attention implementations, precision, compilers
+
+
+@rows(lambda row: "timm" not in row.variant)
+def test_eager_and_sdpa_agree_forward_and_backward(subject):
+    eager, sdpa = subject.load(attn_implementation="eager"), subject.load(attn_implementation="sdpa")
+    assert largest_difference(run(eager, subject.batch), run(sdpa, subject.batch)) < 1e-5
+    one, other = gradients(eager, subject.batch), gradients(sdpa, subject.batch)
+    largest = max(gradient.abs().max() for gradient in one.values())
+    assert all((one[name] - other[name]).abs().max() < 1e-5 * largest for name in one)
+
+
+def test_every_attention_goes_through_the_dispatch(subject, monkeypatch):
+    """The siblings of the test above: an implementation that answers nonsense changes the outputs."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def nonsense(module, query, key, value, attention_mask, **kwargs):
+        calls.append(module)
+        return torch.zeros_like(query).transpose(1, 2).contiguous(), None
+
+    calls = []
+    model = subject.load(attn_implementation="sdpa")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", nonsense)
+    outputs = run(model, subject.batch)
+    owners = [module for module in model.modules() if hasattr(module, "is_causal")]
+    assert owners and {id(owner) for owner in owners} == {id(module) for module in calls}
+    assert largest_difference(subject.outputs, outputs) > 1e-4
+
+
+def test_bf16_is_finite_and_near(subject):
+    model = subject.load(dtype=torch.bfloat16)
+    batch = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in subject.batch.items()}
+    outputs = run(model, batch)
+    for name, tensor in outputs.items():
+        reference = subject.outputs[name]
+        assert tensor.isfinite().all(), name
+        error = (tensor.float() - reference).norm() / reference.norm()
+        assert error < 0.12, f"{name} is off by {error:.3f}"
+
+
+@rows(lambda row: "ForPreTraining" in row.model or "labels" in row.inputs)
+def test_loss_is_float32_under_autocast(subject):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = subject.model(**subject.batch)
+    assert output.loss.dtype == torch.float32
+    assert abs(output.loss.item() - subject.outputs[".loss"].item()) < 0.05 * max(1, subject.outputs[".loss"].item())
+
+
+@rows(is_first_of_its_class)
+def test_compiles_without_a_graph_break(subject):
+    torch._dynamo.reset()
+    compiled = torch.compile(subject.model, fullgraph=True, backend="eager", dynamic=False)
+    assert largest_difference(subject.outputs, run(compiled, subject.batch)) < 1e-5
+
+
+@rows(is_first_of_its_class)
+def test_exports(subject):
+    batch = {name: tensor for name, tensor in subject.batch.items() if name not in ("labels", "image_ids")}
+    exported = torch.export.export(subject.model, (), kwargs=batch, strict=False)
+    again = run(exported.module(), batch)
+    assert largest_difference(run(subject.model, batch), again) < 1e-5
+
+
+# Training
+
+
+@rows(lambda row: "ForPreTraining" in row.model or "labels" in row.inputs)
+def test_every_parameter_gets_a_gradient(subject):
+    received = gradients(subject.load(), subject.batch)
+    assert [name for name, gradient in received.items() if gradient is None] == []
+    assert all(gradient.isfinite().all() for gradient in received.values())
+    zero = [name for name, gradient in received.items() if not gradient.any()]
+    assert [name for name in zero if not name.endswith(subject.row.no_gradient)] == []
+
+
+@rows(lambda row: row.model.endswith("ForPreTraining"))
+def test_losses_are_named_and_sum_to_the_loss(subject):
+    output = subject.model(**subject.batch)
+    assert output.losses and torch.equal(sum(output.losses.values()), output.loss)
+    assert output.loss.ndim == 0 and output.loss.dtype == torch.float32
+
+
+def test_checkpointing_runs_again_and_leaves_gradients_alone(subject):
+    passes = {}
+
+    def count(name, module, args):
+        passes[name] = passes.get(name, 0) + 1
+
+    def counted_gradients(model):
+        # a layer checkpoints inside its call, so its first part tells how often it ran
+        passes.clear()
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                first = next(part for part in module.modules() if next(part.parameters(recurse=False), None) is not None)
+                first.register_forward_pre_hook(partial(count, type(module).__name__))
+        return gradients(model, subject.batch), dict(passes)
+
+    # batch norm stays in evaluation mode: its statistics are not what is compared
+    model = subject.load()
+    plain, once = counted_gradients(train_but_for_norms(model))
+    model = subject.load()
+    model.gradient_checkpointing_enable()
+    checkpointed, twice = counted_gradients(train_but_for_norms(model))
+    assert set(once) == set(subject.row.checkpoints)
+    assert twice == {name: 2 * number for name, number in once.items()}
+    for name, gradient in plain.items():
+        assert (gradient is None) == (checkpointed[name] is None), name
+        assert gradient is None or torch.allclose(gradient, checkpointed[name], rtol=1e-4, atol=1e-5), name
+
+
+def train_but_for_norms(model):
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return model
+
+
+def test_lora_round_trip(subject, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    adapted = get_peft_model(subject.load(), LoraConfig(r=2, target_modules=list(subject.row.lora), init_lora_weights=False))
+    trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trainable and all("lora_" in name for name in trainable)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    scalar(adapted(**subject.batch)).backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    optimizer.step()
+    adapted.eval()
+    trained = run(adapted, subject.batch)
+    assert largest_difference(subject.outputs, trained) > 1e-6
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(subject.load(), tmp_path)
+    assert largest_difference(trained, run(loaded, subject.batch)) < 1e-6
+
+
+def test_forward_names_every_input(subject):
+    """transformers' Trainer drops the columns that the signature does not name, and must not rescale a mean loss."""
+    import inspect
+
+    assert set(subject.row.inputs) <= set(inspect.signature(type(subject.model).forward).parameters)
+    assert subject.model.accepts_loss_kwargs is False
+
+
+def test_blocks_that_must_stay_whole_are_named(subject):
+    """A residual block split over two devices breaks, so device maps need every block's class."""
+    blocks = {type(module).__name__ for module in subject.model.modules() if isinstance(module, GradientCheckpointingLayer)}
+    assert blocks == set(subject.row.checkpoints)
+    assert blocks <= set(subject.model._no_split_modules)
+
+
+# The vocabulary
+
+
+@rows(lambda row: row.has_text)
+def test_new_tokens_leave_old_texts_alone(subject, tmp_path):
+    model = subject.load()
+    model.resize_token_embeddings(VOCABULARY + 6)
+    assert model.config.get_text_config().vocab_size == VOCABULARY + 6
+    assert model.get_input_embeddings().weight.shape[0] == VOCABULARY + 6
+    outputs = run(model, subject.batch)
+    assert largest_difference(subject.outputs, outputs) < EQUAL
+
+    batch = dict(subject.batch, input_ids=subject.batch["input_ids"].clone())
+    batch["input_ids"][:, 1] = VOCABULARY + 5
+    with_new = run(model, batch)
+    assert largest_difference(outputs, with_new) > 1e-4
+    model.save_pretrained(tmp_path)
+    assert largest_difference(with_new, run(subject.row.model_class.from_pretrained(tmp_path), batch)) < EQUAL
+
+
+@rows(lambda row: row.own_text_tower)
+def test_end_of_text_is_pooled_though_an_added_token_has_a_larger_id(subject):
+    model = subject.load()
+    model.resize_token_embeddings(VOCABULARY + 6)
+    batch = dict(subject.batch, input_ids=subject.batch["input_ids"].clone())
+    batch["input_ids"][:, 1] = VOCABULARY + 5
+    tower = text_tower(model)
+    first_end = (batch["input_ids"] == END).int().argmax(1)
+    output = tower(batch["input_ids"])
+    assert torch.equal(output.pooler_output, output.last_hidden_state[torch.arange(4), first_end])
+    tower.config.pooling = "largest_id"
+    assert torch.equal(tower(batch["input_ids"]).pooler_output, output.last_hidden_state[:, 1])
+
+
+@rows(lambda row: row.own_text_tower)
+def test_token_embeddings_may_be_given(subject):
+    tower, ids = text_tower(subject.model), subject.batch["input_ids"]
+    embeds = tower.get_input_embeddings()(ids)
+    by_ids, by_embeds = tower(ids), tower(ids, inputs_embeds=embeds)
+    assert torch.equal(by_ids.last_hidden_state, by_embeds.last_hidden_state)
+    assert torch.equal(by_ids.pooler_output, by_embeds.pooler_output)
+    assert torch.equal(tower(inputs_embeds=embeds).pooler_output, by_ids.last_hidden_state[:, -1])
+
+
+# The verbs
+
+
+def verbs(model) -> dict[str, tuple[str, ...]]:
+    inputs = {
+        "get_image_features": ("pixel_values",),
+        "encode_image": ("pixel_values",),
+        "get_text_features": ("input_ids", "attention_mask"),
+        "encode_text": ("input_ids", "attention_mask"),
+    }
+    return {verb: needed for verb, needed in inputs.items() if hasattr(model, verb)}
+
+
+@rows(lambda row: row.model.endswith(("ClipModel", "ForPreTraining")))
+def test_features_are_unit_rows_and_equal_the_forward(subject):
+    called = {verb: getattr(subject.model, verb)(**{k: subject.batch[k] for k in needed}) for verb, needed in verbs(subject.model).items()}
+    for side in ("image", "text"):
+        features = called[f"get_{side}_features"]
+        assert torch.allclose(features.norm(dim=1), torch.ones(4), atol=1e-5)
+        assert torch.allclose(features, subject.outputs[f".{side}_embeds"], atol=1e-5)
+        raw = called.get(f"encode_{side}")
+        if raw is not None:
+            assert not torch.allclose(raw.norm(dim=1), torch.ones(4), atol=1e-2)
+            assert torch.allclose(raw / raw.norm(dim=1, keepdim=True), features, atol=1e-5)
+    pair = {name: subject.batch[name] for name in ("input_ids", "pixel_values", "attention_mask")}
+    cosine = (called["get_image_features"] * called["get_text_features"]).sum(1)
+    assert torch.allclose(subject.model.score_pairs(**pair), cosine, atol=1e-6)
+
+
+@rows(lambda row: row.model.endswith("ForPreTraining"))
+def test_the_loss_equals_the_base_models_logits_turned_into_a_loss(subject):
+    """Training computes the last block for the pooled row alone; the full forward must give the same loss and gradients."""
+    model = subject.load()
+    trained = gradients(model, subject.batch)
+    model.zero_grad()
+    pair = {name: subject.batch[name] for name in ("input_ids", "pixel_values", "attention_mask")}
+    full = model.clip(**pair)
+    model.objective(full.image_embeds, full.text_embeds, subject.batch.get("image_ids"))[0].backward()
+    assert torch.allclose(full.logits_per_image, full.logits_per_text.T)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(trained[name], parameter.grad, rtol=1e-3, atol=1e-5), name
+
+
+@rows(lambda row: row.model.endswith(("TextModel", "VisionModel", "ResNetModel")))
+def test_the_pooled_row_alone_equals_the_whole_tower(subject):
+    model = subject.load()
+    main = subject.batch[model.main_input_name]
+    assert torch.allclose(model.pooled_output(main), subject.outputs[".pooler_output"], atol=1e-5)
+    weight = torch.arange(subject.outputs[".pooler_output"].numel()).cos().view(subject.outputs[".pooler_output"].shape)
+    seen = []
+    for pooled in (model.pooled_output, lambda x: model(x).pooler_output):
+        model.zero_grad()
+        (pooled(main) * weight).sum().backward()
+        seen.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert seen[0].keys() == seen[1].keys()
+    assert all(torch.allclose(seen[0][name], seen[1][name], rtol=1e-4, atol=1e-4) for name in seen[0])
+
+
+def test_a_copy_is_independent(subject):
+    twin = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+    again = run(subject.model, subject.batch)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in subject.outputs.items())
+    assert largest_difference(subject.outputs, run(twin, subject.batch)) > 1e-3

@@ -1,0 +1,122 @@
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from hf_vlp.training.optim import adamw, freeze, parameter_groups, rate_factor, scaled_rate, schedule, training_mode
+from tests.loop.toy import ToyTwoTower
+
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embeddings = nn.Linear(2, 2)
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.final_norm = nn.LayerNorm(2)
+
+
+def rates(groups):
+    return {name: group["lr"] for group in groups for name in group["names"]}
+
+
+def decays(groups):
+    return {name: group["weight_decay"] for group in groups for name in group["names"]}
+
+
+def test_norms_biases_and_scales_do_not_decay():
+    model = ToyTwoTower()
+    found = decays(parameter_groups(model, 1e-3, 0.2))
+    assert found == {name: 0.2 if p.ndim >= 2 else 0.0 for name, p in model.named_parameters()}
+    assert found["visual_projection.weight"] == 0.2
+    assert found["text_model.1.weight"] == found["vision_model.1.bias"] == found["logit_scale"] == 0.0
+    assert decays(parameter_groups(model, 1e-3, 0.2, no_decay=["projection"]))["visual_projection.weight"] == 0.0
+
+
+def test_every_trainable_parameter_is_in_one_group():
+    model = ToyTwoTower()
+    frozen = freeze(model, ["^vision_model"])
+    names = [name for group in parameter_groups(model, 1e-3, 0.2) for name in group["names"]]
+    assert sorted(names + frozen) == sorted(name for name, _ in model.named_parameters())
+    assert frozen == ["vision_model.1.bias", "vision_model.1.weight"]
+
+
+def test_rate_factors_multiply():
+    found = rates(parameter_groups(ToyTwoTower(), 1.0, 0.0, lr_factors={"^vision_model": 0.1, r"weight$": 0.5}))
+    assert found["vision_model.1.weight"] == pytest.approx(0.05)
+    assert found["vision_model.1.bias"] == pytest.approx(0.1)
+    assert found["text_model.1.bias"] == 1.0
+
+
+def test_layer_decay_counts_from_the_top_of_each_tower():
+    pair = nn.ModuleDict({"text_model": Tower(), "vision_model": Tower()})
+    found = rates(parameter_groups(pair, 1.0, 0.0, layer_decay=0.5))
+    for tower in pair:
+        assert found[f"{tower}.final_norm.weight"] == 1.0
+        assert [found[f"{tower}.encoder.layers.{n}.weight"] for n in range(3)] == [0.25, 0.5, 1.0]
+        assert found[f"{tower}.embeddings.weight"] == 0.125
+
+
+@pytest.mark.parametrize(
+    "call", [lambda m, p: freeze(m, [p]), lambda m, p: parameter_groups(m, 1, 0, lr_factors={p: 1})]
+)
+def test_a_pattern_that_matches_nothing_names_near_parameters(call):
+    with pytest.raises(ValueError, match=r"'vison_model' matches no parameter; near names: vision_model"):
+        call(ToyTwoTower(), "vison_model")
+    with pytest.raises(ValueError, match="not a regular expression"):
+        call(ToyTwoTower(), "*.weight")
+
+
+def test_nothing_left_to_train():
+    model = ToyTwoTower()
+    freeze(model, ["."])
+    with pytest.raises(ValueError, match="every one is frozen"):
+        parameter_groups(model, 1e-3, 0.2)
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics():
+    for patterns, moves in ((["^norm"], False), (["^vision_model"], True)):
+        model = ToyTwoTower(batch_norm=True)
+        freeze(model, patterns)
+        training_mode(model)
+        before = model.norm.running_mean.clone()
+        model.norm(torch.randn(4, 8))
+        assert (not torch.equal(model.norm.running_mean, before)) == moves
+        assert model.vision_model.training
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "polynomial"])
+def test_schedules_equal_those_of_transformers(name):
+    options = {"lr_end": 0.0, "power": 2.0} if name == "polynomial" else None
+    ours, theirs = ([nn.Parameter(torch.zeros(1))] for _ in range(2))
+    ours, theirs = adamw([{"params": ours, "lr": 0.3}], betas=(0.9, 0.98), eps=1e-6), torch.optim.AdamW(theirs, lr=0.3)
+    one = schedule(ours, name=name, total_steps=20, warmup_steps=5, power=2.0)
+    two = transformers.get_scheduler(name, theirs, 5, 20, scheduler_specific_kwargs=options)
+    seen = []
+    for _ in range(20):
+        seen.append(one.get_last_lr()[0])
+        assert seen[-1] == pytest.approx(two.get_last_lr()[0], abs=1e-9)
+        for part in (ours, theirs, one, two):
+            part.step()
+    assert len(set(seen)) > 15
+
+
+def test_schedule_ends_and_warm_up():
+    common = {"total_steps": 100, "warmup_steps": 10}
+    for name in ("cosine", "linear", "polynomial"):
+        assert rate_factor(0, name=name, **common) == 0.0
+        assert rate_factor(5, name=name, **common) == 0.5
+        assert rate_factor(10, name=name, **common) == 1.0
+        assert rate_factor(100, name=name, end_factor=0.1, **common) == pytest.approx(0.1)
+    assert rate_factor(55, name="cosine", **common) == pytest.approx(0.5)
+    assert rate_factor(99, name="constant", **common) == 1.0
+    with pytest.raises(ValueError, match="warmup_steps = 20: expected fewer than the run's 20 steps"):
+        schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), name="linear", total_steps=20, warmup_steps=20)
+    with pytest.raises(ValueError, match="'cosin': expected cosine"):
+        rate_factor(50, name="cosin", **common)
+
+
+def test_rate_scaled_to_the_batch():
+    assert scaled_rate(1e-3, batch=64, lr_batch=None, rule="linear") == 1e-3
+    assert scaled_rate(1e-3, batch=64, lr_batch=256, rule="linear") == pytest.approx(2.5e-4)
+    assert scaled_rate(1e-3, batch=64, lr_batch=256, rule="sqrt") == pytest.approx(5e-4)

@@ -1,0 +1,187 @@
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from hf_vlp.training.loop import train
+from hf_vlp.training.report import RunLog, read_metrics
+from hf_vlp.training.state import Checkpoints, Progress, StateError, refuse_taken_folder, written_whole
+from tests.loop.toy import ToyTwoTower, parts, stream
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Run:
+    """A run of 14 steps over epochs of 4, with dropout, so that weights depend on every kind of state."""
+
+    def __init__(self, accelerator, folder, *, channels_last=False):
+        torch.manual_seed(5)
+        model = ToyTwoTower(dropout=0.3, batch_norm=True)
+        model.patch = torch.nn.Conv2d(3, 3, 2, bias=False)
+        if channels_last:
+            model.patch = model.patch.to(memory_format=torch.channels_last)
+        forward = model.embed
+        model.embed = lambda pixel_values, input_ids: forward(
+            pixel_values + model.patch(pixel_values).mean(), input_ids
+        )
+        self.accelerator, self.folder = accelerator, folder
+        self.model, self.optimizer, self.scheduler = parts(accelerator, model, total_steps=14)
+        self.stream = stream(accelerator, Progress())
+        self.checkpoints = Checkpoints(
+            folder, accelerator, self.model, self.optimizer, self.scheduler, self.stream, keep=5
+        )
+
+    def to(self, steps):
+        start = self.stream.progress.step
+        log = RunLog(self.accelerator, self.folder / "metrics.jsonl", steps=14, start=start)
+        train(
+            self.accelerator, self.model, self.optimizer, self.scheduler, self.stream, steps=steps,
+            clip_norm=1.0, log=log, checkpoints=self.checkpoints, save_every=3,
+        )  # fmt: skip
+        log.close()
+        return self
+
+
+def weights(run):
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_stopped_and_resumed_equals_never_stopped(accelerator, tmp_path, channels_last):
+    unbroken = Run(accelerator, tmp_path / "unbroken", channels_last=channels_last).to(14)
+    following = next(iter(unbroken.stream))["image_ids"]
+    Run(accelerator, tmp_path / "broken", channels_last=channels_last).to(7)
+    # between the two lives everything is drawn from and changed
+    torch.manual_seed(999), random.seed(999), np.random.seed(999)
+    second = Run(accelerator, tmp_path / "broken", channels_last=channels_last)
+    fresh = weights(second)
+    assert second.checkpoints.resume("auto").name == "step-00000007"
+    assert (second.stream.progress.step, second.stream.progress.epoch, second.stream.progress.position) == (7, 1, 3)
+    second.to(14)
+    for name, value in weights(unbroken).items():
+        assert torch.equal(value, weights(second)[name]), name
+        assert name.endswith("num_batches_tracked") or not torch.equal(value, fresh[name])
+    assert torch.equal(next(iter(second.stream))["image_ids"], following)
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("unbroken", "broken"))
+    assert [line | {"seconds": 0} for line in one] == [line | {"seconds": 0} for line in two]
+
+
+@pytest.mark.parametrize("lost", ["random", "optimizer", "progress"])
+def test_each_part_of_the_state_matters(accelerator, tmp_path, lost):
+    unbroken = Run(accelerator, tmp_path / "a").to(14)
+    Run(accelerator, tmp_path / "b").to(7)
+    second = Run(accelerator, tmp_path / "b")
+    second.checkpoints.resume()
+    if lost == "random":
+        torch.manual_seed(1)
+    elif lost == "optimizer":
+        second.optimizer.optimizer.state.clear()
+    else:
+        second.stream.load_state_dict(second.stream.state_dict() | {"position": 0})
+    second.to(14)
+    assert any(not torch.equal(value, weights(second)[name]) for name, value in weights(unbroken).items())
+
+
+def test_an_older_checkpoint_by_its_path(accelerator, tmp_path):
+    unbroken = Run(accelerator, tmp_path / "a").to(14)
+    second = Run(accelerator, tmp_path / "a")
+    second.checkpoints.resume(tmp_path / "a" / "checkpoints" / "step-00000003")
+    assert second.stream.progress.step == 3
+    second.to(14)
+    assert all(torch.equal(value, weights(second)[name]) for name, value in weights(unbroken).items())
+
+
+def test_random_states_of_python_and_numpy_come_back(accelerator, tmp_path):
+    run = Run(accelerator, tmp_path)
+    random.gauss(0, 1), np.random.standard_normal()
+    path = run.checkpoints.save()
+    wanted = random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand(), torch.rand(1).item()
+    run.checkpoints.resume(path)
+    again = random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand(), torch.rand(1).item()
+    assert again == wanted
+    assert random.random() != wanted[1]
+
+
+def test_a_checkpoint_holds_no_pickle(accelerator, tmp_path):
+    path = Run(accelerator, tmp_path).checkpoints.save()
+    names = sorted(file.name for file in path.iterdir())
+    assert names == ["model.safetensors", "optimizer.safetensors", "random-0.safetensors", "state.json"]
+
+
+def test_another_number_of_processes_is_refused(accelerator, tmp_path):
+    run = Run(accelerator, tmp_path)
+    path = run.checkpoints.save()
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"processes": 4}))
+    with pytest.raises(StateError, match="written by 4 processes and this run has 1.*--num_processes 4"):
+        run.checkpoints.resume()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "random-0.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_changes_nothing(accelerator, tmp_path, name):
+    path = Run(accelerator, tmp_path).to(3).checkpoints.last()
+    (path / name).write_bytes((path / name).read_bytes()[:100])
+    run = Run(accelerator, tmp_path)
+    before = weights(run)
+    with pytest.raises(StateError, match=f"{name} is damaged"):
+        run.checkpoints.resume()
+    assert all(torch.equal(value, before[key]) for key, value in weights(run).items())
+    assert run.stream.progress == Progress()
+
+
+def test_nothing_half_written_counts_as_a_checkpoint(accelerator, tmp_path):
+    run = Run(accelerator, tmp_path).to(3)
+    whole = run.checkpoints.last()
+    shutil.copytree(whole, whole.with_name(".writing-step-00000009"))
+    assert run.checkpoints.all() == [whole]
+    with pytest.raises(StateError, match="no checkpoint to resume from"):
+        run.checkpoints.resume(tmp_path / "elsewhere")
+
+
+def test_a_checkpoint_of_another_model_optimizer_or_data(accelerator, tmp_path):
+    run = Run(accelerator, tmp_path).to(3)
+    run.stream.sampler.count = 31
+    with pytest.raises(StateError, match="count=32 saved, 31 here"):
+        run.checkpoints.resume()
+    run.stream.sampler.count = 32
+    names = run.optimizer.optimizer.param_groups[0]["names"]
+    run.optimizer.optimizer.param_groups[0]["names"] = ["another", *names[1:]]
+    with pytest.raises(StateError, match="other parameter groups: resume with the recipe of that run"):
+        run.checkpoints.resume()
+    run.optimizer.optimizer.param_groups[0]["names"] = names
+    run.checkpoints.resume()
+    run.checkpoints.model.text_projection = torch.nn.Linear(3, 3)
+    with pytest.raises(StateError, match="holds another model than the recipe's"):
+        run.checkpoints.resume()
+
+
+def test_a_folder_with_a_run_is_not_written_over(accelerator, tmp_path):
+    refuse_taken_folder(tmp_path / "new", None)
+    assert not (tmp_path / "new").exists()
+    Run(accelerator, tmp_path / "new").checkpoints.save()
+    with pytest.raises(StateError, match="already holds a run: go on with --resume auto"):
+        refuse_taken_folder(tmp_path / "new", None)
+    refuse_taken_folder(tmp_path / "new", "auto")
+
+
+def test_files_of_a_block_that_fails_vanish(tmp_path):
+    for fails in (True, False):
+        try:
+            with written_whole(tmp_path / "out") as partial:
+                (partial / "model.safetensors").write_text("whole")
+                if fails:
+                    raise OSError("disk full")
+        except OSError:
+            pass
+        names = [file.name for file in (tmp_path / "out").iterdir()]
+        assert names == ([] if fails else ["model.safetensors"])

@@ -1,0 +1,54 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(processes: int, output: Path) -> dict[str, torch.Tensor]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(Path(__file__).with_name("two_processes_worker.py")), str(output)],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(output)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    return {count: launch(count, folder / f"{count}.safetensors") for count in (1, 2)}
+
+
+@pytest.mark.parametrize("step", ["plain", "cached", "accumulated"])
+def test_two_processes_equal_one_with_the_whole_batch(runs, step):
+    names = [name for name in runs[1] if name.startswith(f"{step}.")]
+    assert len(names) > 10
+    for name in names:
+        torch.testing.assert_close(
+            runs[2][name], runs[1][name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_the_comparison_can_fail(runs):
+    one, other = (
+        {k.split(".", 1)[1]: v for k, v in runs[2].items() if k.startswith(step)} for step in ("plain", "accum")
+    )
+    assert (one["visual_projection.weight"] - other["visual_projection.weight"]).abs().max() > 1e-3
+    for step in ("plain", "cached"):
+        assert runs[1][f"{step}.loss0"] != runs[1][f"{step}.loss3"]
+
+
+def test_gathered_rows_and_their_gradient(runs):
+    assert runs[2]["gathered"][:, 0].tolist() == [1.0, 1.0, 2.0, 2.0]
+    # the sum over processes: (1 + 2) * the weight of the row
+    assert runs[2]["gather_gradient"][:, 0].tolist() == [3.0, 6.0, 9.0, 12.0]
+    assert runs[1]["gathered"][:, 0].tolist() == [1.0, 1.0]
+    assert runs[1]["gather_gradient"][:, 0].tolist() == [1.0, 2.0]
