@@ -29,7 +29,7 @@ from hf_vlp.data.readers import read_records
 from hf_vlp.data.record import RecordError
 from hf_vlp.data.samplers import UniqueImageBatchSampler
 from hf_vlp.export.hub import write_card
-from hf_vlp.inputs.image_transforms import TrainingTransform
+from hf_vlp.inputs.image_augmentations import TrainingTransform
 from hf_vlp.inputs.text_cleaning import clean_clip_text
 from hf_vlp.inputs.vocabulary import clip_tokenizer_from_merges, train_clip_tokenizer
 from hf_vlp.training.loop import dry_run, train

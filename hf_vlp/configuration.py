@@ -22,3 +22,25 @@ def refuse_near_misses(config: PreTrainedConfig, unknown: dict) -> None:
             continue
         if getattr(config, near[0]) == defaults[near[0]]:
             raise TypeError(f"{type(config).__name__} has no field {key!r}: did you mean {near[0]!r}?")
+
+
+class OwnArchitectureOnly:
+    """Mixed into a configuration in front of `PreTrainedConfig`: refuses the file of another architecture.
+
+    transformers only warns, and builds a model of defaults whose every weight is then random.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: naming the file's `model_type` where it is not that of this class.
+        """
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"the configuration is of model_type {found!r}, {cls.__name__} describes {cls.model_type!r}: load it with AutoModel, "
+                "or convert the checkpoint first"
+            )
+        return super().from_dict(config_dict, **kwargs)

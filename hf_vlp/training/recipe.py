@@ -69,7 +69,7 @@ class DataRecipe:
     id (with `*_split`).
 
     `columns` renames the file's columns to the record's (`image`, `captions`, `image_id`; `captions` may join several).
-    `augmentation`: `name`, `canvas` and the numbers of a `TrainingTransform` of `hf_vlp.inputs.image_transforms`; empty
+    `augmentation`: `name`, `canvas` and the numbers of a `TrainingTransform` of `hf_vlp.inputs.image_augmentations`; empty
     is CLIP's own random square crop. `cache` keeps the decoded uint8 pictures in memory. `first_caption`: always the
     first of several instead of a drawn one.
     """

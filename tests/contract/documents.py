@@ -76,10 +76,14 @@ class Program:
             return cls(words[2], words[3:], True)
         return cls(words[1], words[2:], False) if words[0] == "python" else None
 
+    def _beside(self):
+        """A script finds the modules of its own folder, as `python SCRIPT` lets it."""
+        return mock.patch.object(sys, "path", [str((ROOT / self.name).parent), *sys.path])
+
     def run(self) -> None:
         """As a program, in this process."""
         script = self.name if self.is_module else str(ROOT / self.name)
-        with mock.patch.object(sys, "argv", [script, *self.arguments]):
+        with mock.patch.object(sys, "argv", [script, *self.arguments]), self._beside():
             (runpy.run_module if self.is_module else runpy.run_path)(script, run_name="__main__")
 
     def parse(self) -> tuple[argparse.Namespace, list[str]]:
@@ -88,7 +92,8 @@ class Program:
             package = importlib.util.find_spec(self.name).submodule_search_locations
             main = importlib.import_module(f"{self.name}.__main__" if package else self.name).main
         else:
-            main = runpy.run_path(str(ROOT / self.name), run_name="parsed only")["main"]
+            with self._beside():
+                main = runpy.run_path(str(ROOT / self.name), run_name="parsed only")["main"]
         with mock.patch.object(sys, "argv", [self.name, *self.arguments]), _stop_after_parsing():
             try:
                 main()

@@ -79,7 +79,9 @@ def scalar(output) -> torch.Tensor:
     """The loss where there is one, else a sum of everything with weights that let nothing cancel."""
     if output.get("loss") is not None:
         return output["loss"]
-    return sum((tensor * torch.arange(tensor.numel()).cos().view(tensor.shape)).sum() for _, tensor in named_tensors(output))
+    return sum(
+        (tensor * torch.arange(tensor.numel()).cos().view(tensor.shape)).sum() for _, tensor in named_tensors(output)
+    )
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor | None]:
@@ -153,7 +155,9 @@ def test_the_configuration_survives_the_folder(subject):
     loaded = AutoConfig.from_pretrained(subject.folder)
     assert type(loaded) is type(subject.model.config)
     assert loaded.to_diff_dict() == subject.model.config.to_diff_dict()
-    assert json.loads((subject.folder / "config.json").read_text())["architectures"] == [subject.row.model_class.__name__]
+    assert json.loads((subject.folder / "config.json").read_text())["architectures"] == [
+        subject.row.model_class.__name__
+    ]
 
 
 def test_shards_load_to_equal_outputs(subject, tmp_path):
@@ -172,7 +176,9 @@ def test_what_a_checkpoint_lacks_is_initialised(subject, kept, garbage_memory):
         None, config=subject.row.config(), state_dict={name: stored[name] for name in names}
     )
     fresh = subject.row.model_class._from_config(subject.row.config())
-    for (name, tensor), start in zip([*loaded.named_parameters(), *loaded.named_buffers()], [*fresh.parameters(), *fresh.buffers()]):
+    for (name, tensor), start in zip(
+        [*loaded.named_parameters(), *loaded.named_buffers()], [*fresh.parameters(), *fresh.buffers()]
+    ):
         assert tensor.device.type == "cpu", name
         if name in names:
             assert torch.equal(tensor, stored[name]), f"{name} was overwritten"
@@ -181,7 +187,9 @@ def test_what_a_checkpoint_lacks_is_initialised(subject, kept, garbage_memory):
         else:
             assert tensor.isfinite().all(), f"{name} is not initialised"
             spread = 5 / start.numel() ** 0.5  # five standard errors of a ratio of two estimates
-            assert abs(tensor.std() / start.std() - 1) < spread, f"{name} has std {tensor.std()}, starts with {start.std()}"
+            assert abs(tensor.std() / start.std() - 1) < spread, (
+                f"{name} has std {tensor.std()}, starts with {start.std()}"
+            )
 
 
 def test_dtype_of_loading(subject):
@@ -283,6 +291,16 @@ def test_eager_and_sdpa_agree_forward_and_backward(subject):
     assert all((one[name] - other[name]).abs().max() < 1e-5 * largest for name in one)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@rows(lambda row: "bert" not in row.variant)
+def test_flex_attention_agrees(subject):
+    """Forward only and not compiled: flex attention has no backward on the CPU, and compiling it takes minutes there."""
+    flex = subject.load(attn_implementation="flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        outputs = run(flex, subject.batch)
+    assert largest_difference(subject.outputs, outputs) < 1e-5
+
+
 def test_every_attention_goes_through_the_dispatch(subject, monkeypatch):
     """The siblings of the test above: an implementation that answers nonsense changes the outputs."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -364,7 +382,9 @@ def test_checkpointing_runs_again_and_leaves_gradients_alone(subject):
         passes.clear()
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                first = next(part for part in module.modules() if next(part.parameters(recurse=False), None) is not None)
+                first = next(
+                    part for part in module.modules() if next(part.parameters(recurse=False), None) is not None
+                )
                 first.register_forward_pre_hook(partial(count, type(module).__name__))
         return gradients(model, subject.batch), dict(passes)
 
@@ -392,7 +412,9 @@ def train_but_for_norms(model):
 def test_lora_round_trip(subject, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    adapted = get_peft_model(subject.load(), LoraConfig(r=2, target_modules=list(subject.row.lora), init_lora_weights=False))
+    adapted = get_peft_model(
+        subject.load(), LoraConfig(r=2, target_modules=list(subject.row.lora), init_lora_weights=False)
+    )
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trainable and all("lora_" in name for name in trainable)
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
@@ -417,7 +439,9 @@ def test_forward_names_every_input(subject):
 
 def test_blocks_that_must_stay_whole_are_named(subject):
     """A residual block split over two devices breaks, so device maps need every block's class."""
-    blocks = {type(module).__name__ for module in subject.model.modules() if isinstance(module, GradientCheckpointingLayer)}
+    blocks = {
+        type(module).__name__ for module in subject.model.modules() if isinstance(module, GradientCheckpointingLayer)
+    }
     assert blocks == set(subject.row.checkpoints)
     assert blocks <= set(subject.model._no_split_modules)
 
@@ -481,7 +505,10 @@ def verbs(model) -> dict[str, tuple[str, ...]]:
 
 @rows(lambda row: row.model.endswith(("ClipModel", "ForPreTraining")))
 def test_features_are_unit_rows_and_equal_the_forward(subject):
-    called = {verb: getattr(subject.model, verb)(**{k: subject.batch[k] for k in needed}) for verb, needed in verbs(subject.model).items()}
+    called = {
+        verb: getattr(subject.model, verb)(**{k: subject.batch[k] for k in needed})
+        for verb, needed in verbs(subject.model).items()
+    }
     for side in ("image", "text"):
         features = called[f"get_{side}_features"]
         assert torch.allclose(features.norm(dim=1), torch.ones(4), atol=1e-5)

@@ -9,7 +9,9 @@ import pytest
 import hf_vlp
 
 HEAVY = ("datasets", "timm", "ot", "torchvision", "matplotlib", "ftfy")
-BLOCKED = tuple(name for name in HEAVY if name != "torchvision")  # which transformers' own modelling code takes where it is installed
+BLOCKED = tuple(
+    name for name in HEAVY if name != "torchvision"
+)  # which transformers' own modelling code takes where it is installed
 
 TIMED = """
 import json, sys, time

@@ -31,7 +31,9 @@ def test_self_attention_equals_torch(implementation, causal):
     attention = Attention(config(implementation), 12, 3, is_causal=causal)
     states = torch.randn(2, 5, 12)
     triangle = torch.ones(5, 5, dtype=torch.bool).triu(1)
-    expected, weights = as_torch(attention)(states, states, states, attn_mask=triangle if causal else None, average_attn_weights=False)
+    expected, weights = as_torch(attention)(
+        states, states, states, attn_mask=triangle if causal else None, average_attn_weights=False
+    )
     mixed, ours = attention(states)
     assert torch.allclose(mixed, expected, atol=1e-6)
     assert ours is None or torch.allclose(ours, weights, atol=1e-6)
@@ -43,7 +45,9 @@ def test_self_attention_equals_torch(implementation, causal):
 def test_cross_attention_equals_torch(implementation):
     attention = Attention(config(implementation), 12, 3)
     queries, source = torch.randn(2, 3, 12), torch.randn(2, 7, 12)
-    assert torch.allclose(attention(queries, None, source)[0], as_torch(attention)(queries, source, source)[0], atol=1e-6)
+    assert torch.allclose(
+        attention(queries, None, source)[0], as_torch(attention)(queries, source, source)[0], atol=1e-6
+    )
 
 
 def test_other_widths():

@@ -102,7 +102,10 @@ def rank_losses(loss_function, images, texts, scale, ids, ranks=2, local=False, 
 @pytest.mark.parametrize("ids", [None, [4, 5, 6, 7, 8, 9, 10, 11], [4, 5, 5, 7, 4, 9, 10, 4]])
 def test_mean_over_ranks_is_the_global_loss_with_its_gradient(ids, ranks):
     ids = None if ids is None else torch.tensor(ids)
-    sides = [(unit(8, requires_grad=True), unit(8, seed=1, requires_grad=True), torch.tensor(4.0, requires_grad=True)) for _ in range(2)]
+    sides = [
+        (unit(8, requires_grad=True), unit(8, seed=1, requires_grad=True), torch.tensor(4.0, requires_grad=True))
+        for _ in range(2)
+    ]
     whole = contrastive_loss(*sides[0], image_ids=ids)
     split = sum(rank_losses(contrastive_loss, *sides[1], ids, ranks)) / ranks
     assert torch.allclose(whole, split)
@@ -143,7 +146,10 @@ def test_scale_starts_where_the_paper_says():
 
 def test_the_loss_moves_the_scale_the_right_way():
     texts = unit(4)
-    for images, sign in ((texts, -1), (texts.roll(1, 0), 1)):  # aligned pairs want a larger scale, mismatched ones a smaller
+    for images, sign in (
+        (texts, -1),
+        (texts.roll(1, 0), 1),
+    ):  # aligned pairs want a larger scale, mismatched ones a smaller
         scale = LogitScale(1.0)
         contrastive_loss(images, texts, scale()).backward()
         assert torch.sign(scale.weight.grad).item() == sign

@@ -21,7 +21,9 @@ def test_two_pairs_worked_by_hand():
     # logits with scale 2 and bias -1: [[1, -1], [0.2, 0.6]]; signs + on the diagonal, - elsewhere
     images, texts = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.eye(2)
     expected = (0.313262 + 0.313262 + 0.798139 + 0.437488) / 2
-    assert sigmoid_loss(images, texts, torch.tensor(2.0), bias=torch.tensor(-1.0)).item() == pytest.approx(expected, abs=1e-5)
+    assert sigmoid_loss(images, texts, torch.tensor(2.0), bias=torch.tensor(-1.0)).item() == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3], [0, 0, 1, 2], [1, 1, 1, 1]])
@@ -36,7 +38,10 @@ def test_identities_equal_brute_force(ids):
 @pytest.mark.parametrize("ids", [None, [4, 5, 5, 7, 4, 9, 10, 4]])
 def test_mean_over_ranks_is_the_global_loss_with_its_gradient(ids):
     ids = None if ids is None else torch.tensor(ids)
-    sides = [(unit(8, requires_grad=True), unit(8, seed=1, requires_grad=True), torch.tensor(4.0, requires_grad=True)) for _ in range(2)]
+    sides = [
+        (unit(8, requires_grad=True), unit(8, seed=1, requires_grad=True), torch.tensor(4.0, requires_grad=True))
+        for _ in range(2)
+    ]
     biases = [torch.tensor(-2.0, requires_grad=True) for _ in range(2)]
     whole = sigmoid_loss(*sides[0], bias=biases[0], image_ids=ids)
     split = sum(rank_losses(sigmoid_loss, *sides[1], ids, bias=biases[1])) / 2

@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_vlp.configuration import refuse_near_misses
+from hf_vlp.configuration import OwnArchitectureOnly, refuse_near_misses
 
 
 def _positive(config: PreTrainedConfig, *names: str) -> None:
@@ -29,7 +29,7 @@ def _heads_divide(config: PreTrainedConfig, width: int, name: str) -> None:
 
 
 @strict
-class VlpClipTextConfig(PreTrainedConfig):
+class VlpClipTextConfig(OwnArchitectureOnly, PreTrainedConfig):
     """The causal text transformer (section 2.4).
 
     vocab_size V, hidden_size D, intermediate_size, num_hidden_layers, num_attention_heads (D // 64 in the paper);
@@ -68,7 +68,7 @@ class VlpClipTextConfig(PreTrainedConfig):
 
 
 @strict
-class VlpClipVisionConfig(PreTrainedConfig):
+class VlpClipVisionConfig(OwnArchitectureOnly, PreTrainedConfig):
     """The vision transformer (section 2.4: ViT with one more layer norm before the blocks).
 
     image_size R and patch_size give the position table (R // patch_size)^2 + 1; other sizes interpolate it.
@@ -101,7 +101,7 @@ class VlpClipVisionConfig(PreTrainedConfig):
 
 
 @strict
-class VlpClipResNetConfig(PreTrainedConfig):
+class VlpClipResNetConfig(OwnArchitectureOnly, PreTrainedConfig):
     """The modified ResNet with attention pooling (section 2.4); defaults are RN50.
 
     width: channels after the stem (64 in RN50); layers: bottlenecks in each of the four stages; projection_dim E: width of the
@@ -150,7 +150,7 @@ def tower_by_name(name: str) -> PreTrainedConfig | dict:
 
 
 @strict
-class VlpClipConfig(PreTrainedConfig):
+class VlpClipConfig(OwnArchitectureOnly, PreTrainedConfig):
     """Two towers and their joint space.
 
     text_config: a `VlpClipTextConfig`, any transformers text configuration, or a name ("FacebookAI/xlm-roberta-base", a folder).

@@ -503,6 +503,7 @@ class VlpClipModel(VlpClipPreTrainedModel):
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Cosine of each text with the image of the same row, [B]; higher is a better match, 0.2 to 0.35 is usual for a true pair."""
+        require_pairs(input_ids=input_ids, pixel_values=pixel_values)
         return (self.get_text_features(input_ids, attention_mask) * self.get_image_features(pixel_values)).sum(dim=-1)
 
     @merge_with_config_defaults
@@ -530,6 +531,14 @@ class VlpClipModel(VlpClipPreTrainedModel):
         text_embeds = unit_rows(self.text_projection(self.pool_text(text, attention_mask)))
         per_image = self.logit_scale().to(image_embeds.dtype) * image_embeds @ text_embeds.T
         return DualEncoderOutput(per_image, per_image.T, text_embeds, image_embeds, text, vision)
+
+
+def require_pairs(**sides: torch.Tensor | None) -> None:
+    """Raise a ValueError unless all that is given has the same number of rows."""
+    rows = {name: len(tensor) for name, tensor in sides.items() if tensor is not None}
+    if len(set(rows.values())) > 1:
+        counts = ", ".join(f"{number} {name}" for name, number in rows.items())
+        raise ValueError(f"row i of the texts belongs to row i of the images, got {counts}: give the same number of each")
 
 
 def unit_rows(embeds: torch.Tensor) -> torch.Tensor:
@@ -626,8 +635,9 @@ class VlpClipForPreTraining(VlpClipPreTrainedModel):
         Raises:
             ValueError: if one side is missing, or the two sides differ in number.
         """
-        if input_ids is None or pixel_values is None or len(input_ids) != len(pixel_values):
-            raise ValueError("contrastive pre-training needs input_ids and pixel_values of the same number of rows")
+        if input_ids is None or pixel_values is None:
+            raise ValueError("contrastive pre-training needs input_ids and pixel_values")
+        require_pairs(input_ids=input_ids, pixel_values=pixel_values, image_ids=image_ids)
         image_embeds, text_embeds = self.embed(input_ids, pixel_values, attention_mask)
         loss, losses = self.objective(image_embeds, text_embeds, image_ids)
         return PreTrainingOutput(loss, losses, image_embeds, text_embeds)

@@ -110,7 +110,9 @@ class VlpClipForImageClassification(VlpClipPreTrainedModel):
         """
         if pixel_values is None:
             raise ValueError("image classification needs pixel_values")
-        recorded = {key: value for key, value in kwargs.items() if key in ("output_hidden_states", "output_attentions") and value}
+        recorded = {
+            key: True for key in ("output_hidden_states", "output_attentions") if kwargs.get(key, getattr(self.config, key))
+        }
         if recorded:  # every state of the tower, so no short cut through its last block
             tower = self.clip.vision_model(pixel_values, return_dict=True, **recorded)
             embeds = self.clip.visual_projection(self.clip.pool_image(tower))
