@@ -12,6 +12,7 @@ of `--output` (default runs/<recipe>), `--dry-run` prints size, memory and time 
 import argparse
 import difflib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -42,6 +43,12 @@ from hf_vlp.training.steps import choose_step
 from hf_vlp.training.stream import BatchStream
 
 HERE = Path(__file__).resolve().parent
+
+
+def threads_per_process() -> int:
+    """This machine's cores, shared by the processes on it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def read_split(data: DataRecipe, split: str):
@@ -142,6 +149,8 @@ def main() -> None:
     accelerator = Accelerator(
         mixed_precision=training.mixed_precision, log_with=recipe.trackers or None, project_dir=folder
     )
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(training.threads or threads_per_process())
     set_seed(training.seed)
     if not options.dry_run:
         refuse_taken_folder(folder, options.resume)

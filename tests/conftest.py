@@ -1,11 +1,16 @@
 """What every test stands on: no network beyond this machine, and the same random numbers in every run."""
 
+import os
 import random
 import socket
 
-import numpy as np
-import pytest
-import torch
+# One thread: the tensors are tiny, and threads that wait for each other made a busy machine four times as slow.
+# Before torch is loaded, and for the programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 LOOPBACK = ("127.", "::1", "localhost")
 

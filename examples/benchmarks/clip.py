@@ -425,7 +425,7 @@ def tokenizer_rows(settings: Settings) -> Iterator[TimedRow]:
 def memory_rows(settings: Settings) -> Iterator[MemoryRow]:
     for batch in (2,) if settings.small else (16, 32):
         names = [BASE, "transformers", "ours", "ours real lengths", f"ours in chunks of {max(1, batch // 4)}"]
-        if settings.small:  # every contender is a new process, which takes seconds to start
+        if settings.small:
             names = [BASE, names[-1]]
         elif OPEN_CLIP:
             names.insert(1, "open_clip")

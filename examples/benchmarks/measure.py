@@ -220,7 +220,7 @@ class MemoryRow:
     def measure(self, settings: Settings) -> list[dict]:
         """One record per contender and dtype; resident memory of the whole process, or on CUDA what its tensors took."""
         records = []
-        for dtype in settings.dtypes:
+        for dtype in settings.dtypes[-1:] if settings.small else settings.dtypes:  # a process takes seconds to start
             short = str(dtype).removeprefix("torch.")
             bytes_of = {name: self._peak(settings, short, name) for name in self.contenders}
             for name, peak in bytes_of.items():

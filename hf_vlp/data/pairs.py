@@ -32,7 +32,12 @@ def first_caption(record: Mapping[str, Any], generator: np.random.Generator) -> 
 
 
 def caption_with_keywords(
-    *columns: str, separator: str = ", ", shuffle: bool = False, keep: float = 1.0, caption: Compose = draw_caption
+    *columns: str,
+    separator: str = ", ",
+    shuffle: bool = False,
+    keep: float = 1.0,
+    chance: float = 1.0,
+    caption: Compose = draw_caption,
 ) -> Compose:
     """A function that appends a record's keywords to its caption, for training texts.
 
@@ -41,25 +46,35 @@ def caption_with_keywords(
         separator: written before each keyword.
         shuffle: put the keywords in a random order.
         keep: chance of each keyword to be kept.
+        chance: of a text to be given keywords at all; otherwise it is the caption alone.
         caption: draws the caption.
 
     Returns:
         A function for `ImageTextPairs(compose=...)`; it can be pickled.
 
     Raises:
-        ValueError: no column, or `keep` outside 0..1.
+        ValueError: no column, or `keep` or `chance` outside 0..1.
     """
     if not columns:
         raise ValueError("caption_with_keywords needs the name of at least one column.")
-    if not 0.0 <= keep <= 1.0:
-        raise ValueError(f"keep={keep} is no probability. Give a number from 0 to 1.")
+    for name, value in (("keep", keep), ("chance", chance)):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name}={value} is no probability. Give a number from 0 to 1.")
     return functools.partial(
-        _with_keywords, columns=columns, separator=separator, shuffle=shuffle, keep=keep, caption=caption
+        _with_keywords,
+        columns=columns,
+        separator=separator,
+        shuffle=shuffle,
+        keep=keep,
+        chance=chance,
+        caption=caption,
     )
 
 
-def _with_keywords(record, generator, *, columns, separator, shuffle, keep, caption) -> str:
+def _with_keywords(record, generator, *, columns, separator, shuffle, keep, chance, caption) -> str:
     text = caption(record, generator)
+    if chance < 1.0 and generator.random() >= chance:
+        return text
     words = []
     for column in columns:
         if column not in record:

@@ -7,7 +7,8 @@ from torch import nn
 class PatchEmbedding(nn.Conv2d):
     """Non-overlapping square patches, each mapped to width D (ViT, "An Image is Worth 16x16 Words", Eq. 1).
 
-    Pixels to the right of, or below, the last whole patch are not seen, as with any strided convolution.
+    Pixels to the right of, or below, the last whole patch are not seen, as with any strided convolution. Weights are those of
+    the convolution; it is computed as a matrix product of the cut-out patches, which is faster, above all backward in bf16.
     """
 
     def __init__(self, num_channels: int, hidden_size: int, patch_size: int, bias: bool = True):
@@ -24,7 +25,12 @@ class PatchEmbedding(nn.Conv2d):
         patch = self.kernel_size[0]
         if pixel_values.shape[-2] < patch or pixel_values.shape[-1] < patch:
             raise ValueError(f"pixel_values of {tuple(pixel_values.shape[-2:])} pixels are smaller than one patch of {patch}")
-        return super().forward(pixel_values.to(self.weight.dtype))
+        rows, columns = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+        pixels = pixel_values[..., : rows * patch, : columns * patch].to(self.weight.dtype)
+        pixels = pixels.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))  # [B, 3, h, patch, w, patch]
+        pixels = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, P, 3 * patch * patch]
+        patches = nn.functional.linear(pixels, self.weight.flatten(1), self.bias)  # [B, P, D]
+        return patches.transpose(1, 2).unflatten(2, (rows, columns))
 
 
 def resize_position_table(table: torch.Tensor, grid: tuple[int, int], prefix: int = 1, mode: str = "bicubic") -> torch.Tensor:

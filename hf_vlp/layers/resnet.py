@@ -68,6 +68,10 @@ class ModifiedResNet(nn.Module):
     def stages(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """[B, 3, H, W] -> the maps after the stem (stride 4) and after each stage (strides 4, 8, 16, 32)."""
         x = pixel_values.to(self.conv1.weight.dtype)
+        if not self.training:
+            # Faster, and every layer hands the layout on. In training it follows the weights', `model.to(memory_format=...)`:
+            # batch norm over few cells magnifies the other order of summation into differences from the released code.
+            x = x.contiguous(memory_format=torch.channels_last)
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = nn.functional.relu(norm(conv(x)), inplace=True)
         maps = [self.pool(x)]

@@ -55,12 +55,14 @@ class ProcessorRecipe:
 @dataclass
 class ExtraTextRecipe:
     """Keywords appended to the training captions: the `columns` that hold them (comma-separated or lists), what stands
-    before each, whether their order is drawn anew every epoch, and the chance of each to be kept."""
+    before each, whether their order is drawn anew every epoch, the chance `keep` of each to be kept, and the `chance` of a
+    caption to be given any."""
 
     columns: list[str]
     separator: str = ", "
     shuffle: bool = False
     keep: float = 1.0
+    chance: float = 1.0
 
 
 @dataclass
@@ -133,6 +135,7 @@ class TrainingRecipe:
     """The loop. `batch_size` counts the pairs of one contrastive batch over all processes, so that the number of
     processes does not change the run; a step takes `accumulation` such batches.
 
+    `threads`: of the arithmetic on a CPU, a process; null = the cores shared evenly (`accelerate launch` alone would give one).
     `cached_chunk_size`: pairs (a process) per forward of the cached contrastive step; null = the plain step.
     `evaluate_every`, `save_every`: steps; null = only at the start and the end, and only at the end. `best_metric`: the
     validation metric (higher is better) that marks the best checkpoint; `final`: which one becomes the saved model.
@@ -151,6 +154,7 @@ class TrainingRecipe:
     checkpointing: bool = False
     attention: str | None = None
     workers: int = 0
+    threads: int | None = None
     log_every: int = 10
     evaluate_every: int | None = None
     save_every: int | None = None
@@ -161,7 +165,7 @@ class TrainingRecipe:
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
             raise RecipeError("training: give exactly one of training.steps and training.epochs")
-        _at_least("training", self, steps=1, epochs=1, batch_size=2, accumulation=1, cached_chunk_size=1, workers=0)
+        _at_least("training", self, steps=1, epochs=1, batch_size=2, accumulation=1, cached_chunk_size=1, workers=0, threads=1)
         _at_least("training", self, log_every=1, evaluate_every=1, save_every=1, keep=1, clip_norm=0, seed=0)
 
 

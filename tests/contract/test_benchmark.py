@@ -11,6 +11,7 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+BY_DTYPE = ("image", "text", "step", "rn50")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -35,7 +36,7 @@ def benchmarks(monkeypatch):
 def test_every_row_is_measured(measured, benchmarks):
     records = measured[1]["rows"]
     assert {record["name"] for record in records} == set(benchmarks[0].ROWS)
-    for name in ("image", "text", "step", "rn50", "memory"):
+    for name in BY_DTYPE:
         assert {record["dtype"] for record in records if record["name"] == name} == set(DTYPES)
     for row in {record["row"] for record in records}:
         contenders = [record["contender"] for record in records if record["row"] == row]
@@ -48,7 +49,7 @@ def test_numbers_are_positive(measured):
     for record in measured[1]["rows"]:
         assert record["value"] > 0 and record["ratio"] > 0, record
         assert record["contender"] != "plain" or record["ratio"] == 1.0
-        if record["name"] in ("image", "text", "step", "rn50"):
+        if record["name"] in BY_DTYPE:
             assert record["ms"] > 0 and record["mfu"] > 0 and record["ceiling_gflops"] > 0, record
 
 

@@ -58,6 +58,11 @@ def rows(condition) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("subject", chosen, ids=lambda row: row.name, indirect=True)
 
 
+def rounding(tensor: torch.Tensor) -> float:
+    """How far two orders of summing may be apart: another batch size or number of threads chooses other kernels."""
+    return 1e-5 * max(1.0, float(tensor.abs().max()))
+
+
 def named_tensors(value, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a nested output with its path."""
     if isinstance(value, torch.Tensor):
@@ -219,14 +224,14 @@ def test_order_of_the_batch_does_not_matter(subject):
         expected = tensor[order] if tensor.ndim else tensor
         if "logits_per" in name:
             expected = expected[:, order]
-        assert torch.allclose(turned[name], expected, atol=1e-5), name
+        assert torch.allclose(turned[name], expected, atol=rounding(expected)), name
 
 
 def test_a_row_does_not_see_its_neighbours(subject):
     alone = run(subject.model, {name: tensor[:1] for name, tensor in subject.batch.items()})
     for name, tensor in alone.items():
         if tensor.ndim and "logits_per" not in name:
-            assert torch.allclose(tensor, subject.outputs[name][:1], atol=1e-5), name
+            assert torch.allclose(tensor, subject.outputs[name][:1], atol=rounding(tensor)), name
 
 
 @rows(lambda row: row.has_text)

@@ -187,6 +187,19 @@ def test_compose_functions():
         caption_with_keywords()
     with pytest.raises(ValueError, match="keep=2"):
         caption_with_keywords("keywords", keep=2)
+    with pytest.raises(ValueError, match="chance=-1"):
+        caption_with_keywords("keywords", chance=-1)
+
+
+def test_the_chance_of_keywords_is_a_captions_own_draw():
+    record = {"captions": ["one"], "keywords": "a, b"}
+    generator = np.random.default_rng(0)
+    never, always, often = (caption_with_keywords("keywords", chance=chance) for chance in (0.0, 1.0, 0.75))
+    assert {never(record, generator) for _ in range(20)} == {"one"}
+    assert {always(record, generator) for _ in range(20)} == {"one, a, b"}
+    texts = [often(record, generator) for _ in range(400)]
+    assert set(texts) == {"one", "one, a, b"}
+    assert 0.65 < texts.count("one, a, b") / 400 < 0.85
     pairs = ImageTextPairs(rows(1), prepare, compose=caption_with_keywords("keywords", caption=first_caption))
     assert pairs[0]["text"] == "0 0, a, b, c"
 
