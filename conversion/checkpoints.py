@@ -5,13 +5,10 @@ TorchScript archives, safetensors, and transformers or open_clip folders.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
-import os
 import pickle
 import re
-import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -27,6 +24,7 @@ from conversion.torchscript import (
     read_pickle_of,
     read_torchscript,
 )
+from hf_vlp.files import whole_file
 
 # Where training scripts keep the state dict inside the saved dictionary, in the order of preference.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
@@ -290,35 +288,6 @@ def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@contextlib.contextmanager
-def whole_folder(output, overwrite: bool = False):
-    """Yields a temporary folder that becomes `output` at the end, or vanishes if the block raises.
-
-    Raises:
-        FileExistsError: `output` exists, is not an empty folder, and `overwrite` is false.
-    """
-    output = Path(output)
-    occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    if occupied and (not overwrite or not output.is_dir()):
-        raise FileExistsError(
-            f"{output} exists and is not an empty folder; give another --output, or --overwrite a folder"
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        if output.exists():
-            former = partial.with_name(f"{partial.name}-former")
-            output.rename(former)
-            partial.rename(output)
-            shutil.rmtree(former)
-        else:
-            partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def save_state_dict(state: dict[str, torch.Tensor], output, overwrite: bool = False) -> None:
     """Write a plain state dict with `torch.save`, or as safetensors if the name ends so; whole or not at all.
 
@@ -328,13 +297,8 @@ def save_state_dict(state: dict[str, torch.Tensor], output, overwrite: bool = Fa
     output = Path(output)
     if output.exists() and (not overwrite or output.is_dir()):
         raise FileExistsError(f"{output} exists; give another --output, or --overwrite a file")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
+    with whole_file(output) as partial:
         if output.suffix == ".safetensors":
             safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
         else:
             torch.save(dict(state), partial)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, CLIPConfig, CLIPTokenizer
 
-from conversion.checkpoints import CheckpointError, read_checkpoint, whole_folder
+from conversion.checkpoints import CheckpointError, read_checkpoint
 from conversion.clip_layouts import (
     clip_table,
     config_from_transformers,
@@ -25,6 +25,7 @@ from conversion.clip_layouts import (
 )
 from conversion.tables import ConversionError, convert, revert
 from hf_vlp.export.hub import push_to_hub, write_card
+from hf_vlp.files import whole_folder
 from hf_vlp.models.clip.configuration_clip import VlpClipConfig, VlpClipResNetConfig
 from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining, VlpClipModel
 

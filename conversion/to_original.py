@@ -21,9 +21,10 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from conversion.checkpoints import CheckpointError, read_checkpoint, save_state_dict, whole_folder
+from conversion.checkpoints import CheckpointError, read_checkpoint, save_state_dict
 from conversion.clip_layouts import clip_table, config_to_transformers, half_layout, infer_config
 from conversion.tables import ConversionError, refuse_difference, refuse_shapes, revert
+from hf_vlp.files import whole_folder
 from hf_vlp.models.clip.configuration_clip import VlpClipConfig
 
 # Settings that change no embedding: ids beside the pooled one, and what only training uses.

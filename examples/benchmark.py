@@ -28,7 +28,7 @@ import transformers
 
 from benchmarks import clip
 from benchmarks.measure import Call, Settings, peak_bytes
-from hf_vlp.training.state import write_text
+from hf_vlp.files import write_text
 
 ARCHITECTURES = {"clip": clip}  # each a module with ROWS and step_alone
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

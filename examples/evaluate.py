@@ -27,7 +27,7 @@ from hf_vlp.evaluation.encoding import encode_images, evaluating
 from hf_vlp.evaluation.linear_probe import choose_c, fit_linear_probe
 from hf_vlp.evaluation.retrieval import evaluate_retrieval
 from hf_vlp.evaluation.zero_shot import evaluate_zero_shot, fill_template
-from hf_vlp.training.state import write_text
+from hf_vlp.files import write_text
 
 
 def retrieval(options, model, processor, records, shared) -> dict:

@@ -30,6 +30,7 @@ from hf_vlp.data.readers import read_records
 from hf_vlp.data.record import RecordError
 from hf_vlp.data.samplers import UniqueImageBatchSampler
 from hf_vlp.export.hub import write_card
+from hf_vlp.files import files_into, write_text
 from hf_vlp.inputs.image_augmentations import TrainingTransform
 from hf_vlp.inputs.text_cleaning import clean_clip_text
 from hf_vlp.inputs.vocabulary import clip_tokenizer_from_merges, train_clip_tokenizer
@@ -38,7 +39,7 @@ from hf_vlp.training.optim import optimizer_of, schedule
 from hf_vlp.training.recipe import DataRecipe, Recipe, RecipeError, differences, flatten, load_recipe
 from hf_vlp.training.report import RunLog, check_trackers, draw_curves
 from hf_vlp.training.results import HeldOut
-from hf_vlp.training.state import Checkpoints, StateError, refuse_taken_folder, write_text, written_whole
+from hf_vlp.training.state import Checkpoints, StateError, refuse_taken_folder
 from hf_vlp.training.steps import choose_step
 from hf_vlp.training.stream import BatchStream
 
@@ -256,7 +257,7 @@ def main() -> None:
 
     # ------------------------------------------------------------------------------------------------ results
     if accelerator.is_main_process:
-        with written_whole(folder) as partial:
+        with files_into(folder) as partial:
             accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(partial)
             processor.save_pretrained(partial)
         write_text(folder / "results.json", json.dumps(held_out.results(), indent=1, ensure_ascii=False))

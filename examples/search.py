@@ -10,7 +10,6 @@ MODEL: a folder or Hub id of a model with two towers. The index is two files: my
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -25,8 +24,8 @@ from hf_vlp.data.readers import PICTURES
 from hf_vlp.data.record import RecordError, decode_image
 from hf_vlp.evaluation.encoding import encode_images, encode_texts, evaluating
 from hf_vlp.evaluation.ranks import top_targets
+from hf_vlp.files import whole_file, write_text
 from hf_vlp.training.report import draw_retrieval
-from hf_vlp.training.state import write_text
 
 
 class PictureFiles:
@@ -66,10 +65,8 @@ def index(options) -> None:
         print(f"left out: {fault.reason}", file=sys.stderr)
     if not good:
         raise SystemExit(f"none of the {len(files)} pictures can be read")
-    partial = options.output.with_name(f".{options.output.name}.writing")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"image_features": normalize(vectors[good], dim=1)}, partial)
-    os.replace(partial, f"{options.output}.safetensors")
+    with whole_file(f"{options.output}.safetensors") as partial:
+        save_file({"image_features": normalize(vectors[good], dim=1)}, partial)
     names = [str(files[row].relative_to(folder)) for row in good]
     content = {"model": options.model, "folder": str(folder.resolve()), "names": names}
     write_text(f"{options.output}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")

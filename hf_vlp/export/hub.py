@@ -1,10 +1,10 @@
 """A saved folder's card, and the upload of model, processor and card in one commit."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from hf_vlp.export.card import CardError, card_text
+from hf_vlp.files import write_text
 
 PUBLISHED = {".json", ".jsonl", ".safetensors", ".txt", ".model", ".yaml", ".md", ".png"}
 KEPT_METADATA = ("license", "license_name", "license_link", "language", "datasets", "base_model")
@@ -27,11 +27,7 @@ def write_card(folder: str | Path, repo_id: str | None = None, **metadata: Any) 
     if path.is_file():
         earlier = _metadata_of(path)
         metadata = {name: earlier[name] for name in KEPT_METADATA if name in earlier} | metadata
-    text = card_text(folder, repo_id, **metadata)
-    temporary = path.with_name(".README.md.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return write_text(path, card_text(folder, repo_id, **metadata))
 
 
 def _metadata_of(path: Path) -> dict[str, Any]:

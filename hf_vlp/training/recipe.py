@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from hf_vlp.training.state import write_text
+from hf_vlp.files import write_text
 
 
 class RecipeError(ValueError):

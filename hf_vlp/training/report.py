@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_vlp.training.state import Progress, write_text
+from hf_vlp.files import whole_file, write_text
+from hf_vlp.training.state import Progress
 
 _NOT_LOSSES = {"step", "lr", "grad_norm", "seconds"}
 
@@ -200,11 +201,6 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _save_figure(figure, output: str | Path) -> Path:
-    import os
-
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".writing-{output.name}")
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, output)
-    return output
+    with whole_file(output) as partial:
+        figure.savefig(partial, dpi=110)
+    return Path(output)

@@ -14,8 +14,6 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
+
+from hf_vlp.files import write_text
 
 _CHECKPOINT = re.compile(r"step-(\d{8})")
 
@@ -43,31 +43,6 @@ class Progress:
     position: int = 0
     training_seconds: float = 0.0
     evaluation_seconds: float = 0.0
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Writes under a temporary name in the same folder and renames."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
-
-
-@contextmanager
-def written_whole(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder whose files move to `folder` when the block ends well, and vanish when it does not."""
-    folder = Path(folder)
-    partial = folder / ".writing"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in sorted(partial.iterdir()):
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class Checkpoints:

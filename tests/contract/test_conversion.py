@@ -24,7 +24,6 @@ from conversion.checkpoints import (
     UnsafeCheckpointError,
     read_checkpoint,
     save_state_dict,
-    whole_folder,
 )
 from conversion.clip_layouts import clip_table, half_layout, infer_config, round_to_half
 from conversion.from_clip import convert_state_dict, expected_state, load_model
@@ -39,6 +38,7 @@ from conversion.tables import (
     original_value,
     revert,
 )
+from hf_vlp.files import whole_folder
 from hf_vlp.models.clip.configuration_clip import VlpClipConfig, VlpClipResNetConfig
 from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining, VlpClipModel
 

@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from hf_vlp.files import files_into
 from hf_vlp.training.loop import train
 from hf_vlp.training.report import RunLog, read_metrics
-from hf_vlp.training.state import Checkpoints, Progress, StateError, refuse_taken_folder, written_whole
+from hf_vlp.training.state import Checkpoints, Progress, StateError, refuse_taken_folder
 from tests.loop.toy import ToyTwoTower, parts, stream
 
 
@@ -177,7 +178,7 @@ def test_a_folder_with_a_run_is_not_written_over(accelerator, tmp_path):
 def test_files_of_a_block_that_fails_vanish(tmp_path):
     for fails in (True, False):
         try:
-            with written_whole(tmp_path / "out") as partial:
+            with files_into(tmp_path / "out") as partial:
                 (partial / "model.safetensors").write_text("whole")
                 if fails:
                     raise OSError("disk full")
