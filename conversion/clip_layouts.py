@@ -36,6 +36,14 @@ HALF = re.compile(
 )
 
 
+# Entries of OpenAI's files that repeat what the shapes tell, and where ours has it.
+SIZES = {
+    "input_resolution": ("vision_config", "image_size"),
+    "context_length": ("text_config", "max_position_embeddings"),
+    "vocab_size": ("text_config", "vocab_size"),
+}
+
+
 def clip_table(config: VlpClipConfig, layout: str = "original") -> list[Row]:
     """Rows between a layout (one of LAYOUTS) and ours for models of this configuration.
 
@@ -76,7 +84,7 @@ def _block_rows(theirs: str, ours: str) -> list[Row]:
 
 def _text_rows(prefix: str) -> list[Row]:
     return [
-        *(Drop(name, "a size, told by the shapes") for name in ("input_resolution", "context_length", "vocab_size")),
+        *(Drop(name, "a size, told by the shapes") for name in SIZES),
         Rename("logit_scale", "logit_scale.weight"),
         Rename(f"{prefix}token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
         Rename(f"{prefix}positional_embedding", "text_model.embeddings.position_embedding"),
@@ -150,9 +158,19 @@ def detect_layout(state: dict[str, torch.Tensor]) -> str:
     raise ConversionError(f"this is no CLIP checkpoint: it looks like {looks_like(state)}.\n{_two_sides(state)}")
 
 
+def from_openai(state: dict[str, torch.Tensor]) -> bool:
+    """Whether a state dict bears the marks of OpenAI's files: their sizes as entries, or their mixed precisions."""
+    if "input_resolution" in state:
+        return True
+    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    return detect_layout(state) == "original" and all(
+        tensor.dtype == (torch.float16 if HALF.fullmatch(name) else torch.float32) for name, tensor in floats.items()
+    )
+
+
 def _two_sides(state) -> str:
     found = [f"  {name} {tuple(tensor.shape)}" for name, tensor in list(state.items())[:10]]
-    needed = [f"  {row.original}" for row in _text_rows("")[3:] + _vit_rows()[:3] + _resnet_rows()[:1]]
+    needed = [f"  {row.original}" for row in _text_rows("")[len(SIZES) :] + _vit_rows()[:3] + _resnet_rows()[:1]]
     return "\n".join([f"- found ({len(state)} entries):", *found, "  ...", "+ expected, among others:", *needed])
 
 

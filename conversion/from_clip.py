@@ -16,18 +16,23 @@ from transformers import AutoModel, CLIPConfig, CLIPTokenizer
 
 from conversion.checkpoints import CheckpointError, read_checkpoint
 from conversion.clip_layouts import (
+    SIZES,
     clip_table,
     config_from_transformers,
     detect_layout,
+    from_openai,
     infer_config,
     open_clip_options,
     round_to_half,
 )
-from conversion.tables import ConversionError, convert, revert
+from conversion.preprocessing import image_options
+from conversion.tables import ConversionError, convert, forward_names, revert
 from hf_vlp.export.hub import push_to_hub, write_card
 from hf_vlp.files import whole_folder
 from hf_vlp.models.clip.configuration_clip import VlpClipConfig, VlpClipResNetConfig
 from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining, VlpClipModel
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def expected_state(config: VlpClipConfig) -> dict[str, torch.Tensor]:
@@ -47,17 +52,49 @@ def convert_state_dict(
         config: ours, where it is known (transformers folders); else inferred, with `options` for `infer_config`.
 
     Raises:
-        ConversionError: another architecture, or names or shapes that do not fit: lists both sides.
+        ConversionError: another architecture, or names or shapes that do not fit: lists both sides; a size stored beside the
+            weights is not theirs; a weight is not of FLOATS, or holds infinities or NaN.
     """
     layout = detect_layout(state)
     if config is None and layout == "transformers":
         raise ConversionError("transformers weights need their config.json: give the folder, not the weight file")
     config = config or infer_config(state, **options)
-    return config, convert(state, clip_table(config, layout), expected_state(config))
+    table, expected = clip_table(config, layout), expected_state(config)
+    ours = convert(state, table, expected)
+    refuse_other_sizes(state, config)
+    for name, tensor in state.items():
+        if any(expected[part].is_floating_point() for part in forward_names(name, table)):
+            refuse_no_numbers(name, tensor)
+    return config, ours
 
 
-def read(path, sha256: str | None = None, **options) -> tuple[VlpClipConfig, dict[str, torch.Tensor]]:
+def refuse_other_sizes(state: dict[str, torch.Tensor], config: VlpClipConfig) -> None:
+    """Raises ConversionError if a size that the checkpoint states is not the one that its shapes tell (meta tensors state none)."""
+    for name, (tower, field) in SIZES.items():
+        if name in state and not state[name].is_meta:
+            stated, told = state[name].item(), getattr(getattr(config, tower), field)
+            if stated != told:
+                raise ConversionError(f"{name} says {stated}, the shapes of the weights {told}: parts of two models?")
+
+
+def refuse_no_numbers(name: str, tensor: torch.Tensor) -> None:
+    """Raises ConversionError for a weight that is quantised, complex or not finite; of meta tensors only the type is seen."""
+    if tensor.dtype not in FLOATS:
+        raise ConversionError(
+            f"{name} is {tensor.dtype}, not one of {', '.join(map(str, FLOATS))}: take the weights before quantisation"
+        )
+    if not tensor.is_meta and not tensor.isfinite().all():
+        raise ConversionError(
+            f"{name} holds infinities or NaN: the training diverged or a half-precision export overflowed; take another checkpoint"
+        )
+
+
+def read(
+    path, sha256: str | None = None, guess_activation: bool = True, **options
+) -> tuple[VlpClipConfig, dict[str, torch.Tensor]]:
     """`convert_state_dict` of a file or folder; a folder's config.json or open_clip_config.json is respected.
+
+    `guess_activation`: take quick_gelu where neither `hidden_act`, nor a folder, nor the marks of OpenAI's files tell.
 
     Raises:
         CheckpointError, ConversionError: see `read_checkpoint` and `convert_state_dict`.
@@ -72,6 +109,12 @@ def read(path, sha256: str | None = None, **options) -> tuple[VlpClipConfig, dic
         if fields.get("model_type") != "clip":
             raise ConversionError(f"{path} holds a {fields.get('model_type')} model, not a transformers CLIPModel")
         config = config_from_transformers(CLIPConfig.from_dict(fields), options.get("pooling"))
+    told = config is not None or "hidden_act" in options or detect_layout(state) == "transformers" or from_openai(state)
+    if not told and not guess_activation:
+        raise ConversionError(
+            f"{path} does not tell its activation: give --hidden-act gelu for weights that open_clip trained (LAION, DataComp), "
+            "--hidden-act quick_gelu for OpenAI's and for names that end in -quickgelu"
+        )
     return convert_state_dict(state, config, **options)
 
 
@@ -128,11 +171,11 @@ def build_model(
 def build_processor(config: VlpClipConfig, checkpoint: Path, vocabulary: Path | None):
     """The processor of a converted model: tokenizer from a merge table or a transformers folder; None if there is neither.
 
-    Pixels are prepared at the model's size with CLIP's means and deviations, or those of the folder's
-    preprocessor_config.json.
+    Pixels are prepared as the folder says, else at the model's size with CLIP's means and deviations.
 
     Raises:
-        ConversionError: the vocabulary's size or its end-of-text id differs from the model's.
+        ConversionError: the vocabulary's size or its end-of-text id differs from the model's, or `image_options` finds what ours
+            does not compute.
     """
     from hf_vlp.inputs.vocabulary import clip_tokenizer_from_merges
     from hf_vlp.models.clip.image_processing_clip import VlpClipImageProcessor
@@ -151,14 +194,7 @@ def build_processor(config: VlpClipConfig, checkpoint: Path, vocabulary: Path | 
             f"the vocabulary has {len(tokenizer)} entries and end-of-text id {tokenizer.eos_token_id}, the model "
             f"{config.text_config.vocab_size} and {config.text_config.eos_token_id}: this is another model's vocabulary"
         )
-    pixels = checkpoint / "preprocessor_config.json"
-    stored = json.loads(pixels.read_text("utf-8")) if pixels.exists() else {}
-    size = config.vision_config.image_size
-    image_processor = VlpClipImageProcessor(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        **{key: stored[key] for key in ("image_mean", "image_std") if key in stored},
-    )
+    image_processor = VlpClipImageProcessor(**image_options(checkpoint, config.vision_config.image_size))
     return VlpClipProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
 
@@ -242,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--pooling", choices=("eos", "largest_id"), help="which token of a text is pooled; see VlpClipTextConfig"
     )
     parser.add_argument(
-        "--hidden-act", choices=("quick_gelu", "gelu"), help="open_clip files: the weights do not show it"
+        "--hidden-act", choices=("quick_gelu", "gelu"), help="needed for open_clip files: the weights do not show it"
     )
     parser.add_argument(
         "--vision-heads", type=int, help="open_clip files: heads of the image tower, if not width // 64"
@@ -267,7 +303,12 @@ def main(arguments: list[str] | None = None) -> None:
 def run(options: argparse.Namespace) -> None:
     """Convert as the parsed command line says."""
     given = {name: getattr(options, name) for name in ("pooling", "hidden_act", "vision_heads", "text_heads")}
-    config, state = read(options.checkpoint, options.sha256, **{name: value for name, value in given.items() if value})
+    config, state = read(
+        options.checkpoint,
+        options.sha256,
+        guess_activation=False,
+        **{name: value for name, value in given.items() if value},
+    )
     if options.round_to_half:
         state = rounded(config, state)
     dtype = getattr(torch, options.dtype)

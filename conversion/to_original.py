@@ -23,6 +23,7 @@ from transformers import (
 
 from conversion.checkpoints import CheckpointError, read_checkpoint, save_state_dict
 from conversion.clip_layouts import clip_table, config_to_transformers, half_layout, infer_config
+from conversion.preprocessing import SAME_FIELDS
 from conversion.tables import ConversionError, refuse_difference, refuse_shapes, revert
 from hf_vlp.files import whole_folder
 from hf_vlp.models.clip.configuration_clip import VlpClipConfig
@@ -132,9 +133,7 @@ def save_transformers(folder, output, half: bool = False, overwrite: bool = Fals
         model.save_pretrained(partial)
         if (Path(folder) / "tokenizer_config.json").exists():
             ours = AutoProcessor.from_pretrained(folder)
-            pixels = {
-                name: getattr(ours.image_processor, name) for name in ("size", "crop_size", "image_mean", "image_std")
-            }
+            pixels = {name: getattr(ours.image_processor, name) for name in SAME_FIELDS}
             tokenizer = CLIPTokenizer.from_pretrained(folder)
             CLIPProcessor(image_processor=CLIPImageProcessor(**pixels), tokenizer=tokenizer).save_pretrained(partial)
 

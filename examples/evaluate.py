@@ -4,16 +4,17 @@
     python examples/evaluate.py FOLDER --task zero-shot --data test.parquet --columns label=concept
     python examples/evaluate.py FOLDER --task linear-probe --data test.parquet --columns label=group \
         --train train.parquet --validation validation.parquet
+    python examples/evaluate.py FOLDER --task retrieval --data dataset_coco.json --image-root coco --split test \
+        --captions-per-image 5 --five-fold
     accelerate launch --num_processes N examples/evaluate.py ...    each process encodes its part
 
-FOLDER: a folder or Hub id that `AutoModel.from_pretrained` loads. DATA: a file, picture folder or Hub id of records.
+FOLDER: a folder or Hub id that `AutoModel.from_pretrained` loads. DATA: a file, picture folder or Hub id of records;
+Karpathy's split files of COCO and Flickr30k (the last example: the published protocol) with --split and --image-root.
 Retrieval needs `image` and `captions`; the others `image` and `label` (a class index with names, or the name itself).
 """
 
 import argparse
 import json
-import shlex
-import sys
 from datetime import date
 from pathlib import Path
 
@@ -25,7 +26,8 @@ import hf_vlp  # noqa: F401 (registers the architectures)
 from hf_vlp.data.readers import missing_column, parse_columns, read_records
 from hf_vlp.evaluation.encoding import encode_images, evaluating
 from hf_vlp.evaluation.linear_probe import choose_c, fit_linear_probe
-from hf_vlp.evaluation.retrieval import evaluate_retrieval
+from hf_vlp.evaluation.provenance import command, conditions, shortened
+from hf_vlp.evaluation.retrieval import RetrievalSet, evaluate_retrieval
 from hf_vlp.evaluation.zero_shot import evaluate_zero_shot, fill_template
 from hf_vlp.files import write_text
 
@@ -33,7 +35,8 @@ from hf_vlp.files import write_text
 def retrieval(options, model, processor, records, shared) -> dict:
     template = options.prompt
     prompt = (lambda caption: fill_template(template, caption)) if template else None
-    report = evaluate_retrieval(model, processor, records, prompt=prompt, **shared)
+    pairs = RetrievalSet(records, captions_per_image=options.captions_per_image)
+    report = evaluate_retrieval(model, processor, pairs, prompt=prompt, **shared)
     if options.accelerator.is_main_process:
         print(report.table())
     result = report.to_dict()
@@ -47,7 +50,8 @@ def retrieval(options, model, processor, records, shared) -> dict:
 
 def zero_shot(options, model, processor, records, shared) -> dict:
     names = class_names(options, records)
-    labels = class_indices(records, names)
+    # the names in order, given or of the data set: numbers count in it
+    labels = class_indices(records, names, by_position=True)
     templates = lines_of(options.templates) if options.templates else ["a photo of a {}."]
     report = evaluate_zero_shot(model, processor, records, labels, names, templates, **shared)
     options.accelerator.print(report.table())
@@ -120,15 +124,18 @@ def class_names(options, records) -> list:
     return sorted(set(values))
 
 
-def class_indices(records, names) -> list[int]:
+def class_indices(records, names, by_position: bool = False) -> list[int]:
+    """The place of each label in `names`; by_position: labels that are numbers and no names are places themselves."""
     values = label_values(records)
     index = {name: i for i, entry in enumerate(names) for name in ([entry] if isinstance(entry, str) else entry)}
     if all(str(value) in index for value in values):
         return [index[str(value)] for value in values]
-    if all(isinstance(value, int) for value in values):
+    if by_position and all(isinstance(value, int) for value in values):
         return values
-    unknown = next(value for value in values if str(value) not in index)
-    raise SystemExit(f"the label {unknown!r} is none of the {len(names)} classes")
+    unknown = list(dict.fromkeys(repr(value) for value in values if str(value) not in index))
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    known = ", ".join(map(str, index)) if len(index) <= 20 else f"{', '.join(list(map(str, index))[:20])}, ..."
+    raise SystemExit(f"the labels {', '.join(unknown[:5])}{more} are none of the {len(names)} classes ({known})")
 
 
 def add_result(path: Path, result: dict) -> None:
@@ -150,6 +157,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--bf16", action="store_true", help="compute under bfloat16 autocast")
     parser.add_argument("--prompt", help="retrieval: a text around each caption, e.g. 'a photo of {}'")
+    parser.add_argument("--captions-per-image", type=int, help="retrieval: only the first so many (COCO: 5)")
     parser.add_argument("--five-fold", action="store_true", help="retrieval: the 1K protocol on 5,000 images, too")
     parser.add_argument("--templates", type=Path, help="zero-shot: a file of prompts, {} for the name, one a line")
     parser.add_argument(
@@ -172,14 +180,15 @@ def main() -> None:
         "autocast": torch.bfloat16 if options.bf16 else None,
     }
     result = TASKS[options.task](options, model, processor, records, shared)
+    result["protocol"] += f", {conditions(model, processor, shared['autocast'])}"
     if options.columns:
         result["protocol"] += f", columns {' '.join(options.columns)}"
     result = {
         "task": options.task,
-        "data": options.data,
+        "data": shortened(options.data),
         "split": options.split,
         **result,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(accelerator.num_processes),
         "date": date.today().isoformat(),
     }
     output = options.output or (Path(options.model) / "results.json" if Path(options.model).is_dir() else None)

@@ -14,13 +14,14 @@ import difflib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoConfig, AutoModelForPreTraining, AutoProcessor, AutoTokenizer
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForPreTraining, AutoProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_vlp.auto import TABLE, resolve
@@ -33,7 +34,7 @@ from hf_vlp.export.hub import write_card
 from hf_vlp.files import files_into, write_text
 from hf_vlp.inputs.image_augmentations import TrainingTransform
 from hf_vlp.inputs.text_cleaning import clean_clip_text
-from hf_vlp.inputs.vocabulary import clip_tokenizer_from_merges, train_clip_tokenizer
+from hf_vlp.inputs.vocabulary import clip_tokenizer_from_merges, fingerprint, train_clip_tokenizer
 from hf_vlp.training.loop import dry_run, train
 from hf_vlp.training.optim import optimizer_of, schedule
 from hf_vlp.training.recipe import DataRecipe, Recipe, RecipeError, differences, flatten, load_recipe
@@ -69,20 +70,58 @@ def build_config(recipe: Recipe):
         if recipe.model.model_type not in CONFIG_MAPPING:
             nearest = difflib.get_close_matches(recipe.model.model_type, [*CONFIG_MAPPING.keys()], n=1, cutoff=0)[0]
             raise RecipeError(f"model.model_type = {recipe.model.model_type!r} is unknown; the nearest is {nearest!r}")
-        return AutoConfig.for_model(recipe.model.model_type, **recipe.model.config)
+        try:
+            config = AutoConfig.for_model(recipe.model.model_type, **recipe.model.config)
+        except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:
+            raise RecipeError(f"model.config: {' '.join(str(error).split())}") from error
+        refuse_ignored(config, recipe.model.config)
+        return config
     config = AutoConfig.from_pretrained(recipe.model.from_pretrained)
     override(config, recipe.model.config)
     return config
 
 
-def override(config, fields: dict) -> None:
-    for name, value in fields.items():
-        if not hasattr(config, name):
-            raise RecipeError(f"model.config.{name}: {type(config).__name__} has no such field")
-        if isinstance(value, dict) and hasattr(getattr(config, name), "to_dict"):
-            override(getattr(config, name), value)
-        else:
-            setattr(config, name, value)
+def override(config: PreTrainedConfig, values: dict, where: str = "model.config") -> None:
+    """Sets fields of a saved configuration and of those inside it."""
+    for name, value in values.items():
+        if name == "model_type" and value != config.model_type:
+            raise RecipeError(
+                f"{where}.model_type = {value!r}: the saved model has {config.model_type!r}, leave it out"
+            )
+        if name not in settable(config) and name not in vars(config):
+            raise unknown_field(config, name, where)
+        if isinstance(value, dict) and isinstance(getattr(config, name), PreTrainedConfig):
+            override(getattr(config, name), value, f"{where}.{name}")
+        elif name != "model_type":
+            try:
+                setattr(config, name, value)
+            except (TypeError, ValueError, StrictDataclassError) as error:
+                raise RecipeError(f"{where}.{name} = {value!r}: {' '.join(str(error).split())}") from error
+
+
+def refuse_ignored(config: PreTrainedConfig, values: dict, where: str = "model.config") -> None:
+    """Errs at a key that a new configuration only carries along.
+
+    transformers keeps what no field takes as an attribute; an older name that a foreign configuration understands is used up.
+    """
+    for name, value in values.items():
+        if name not in settable(config) and name in vars(config):
+            raise unknown_field(config, name, where)
+        if isinstance(value, dict) and isinstance(getattr(config, name, None), PreTrainedConfig):
+            refuse_ignored(getattr(config, name), value, f"{where}.{name}")
+
+
+def settable(config: PreTrainedConfig) -> set[str]:
+    """Names that a configuration takes: fields, their other names, and properties that can be set."""
+    kind = type(config)
+    properties = {name for name in dir(kind) if getattr(getattr(kind, name), "fset", None)}
+    return {field.name for field in fields(kind)} | set(kind.attribute_map) | properties | {"model_type"}
+
+
+def unknown_field(config: PreTrainedConfig, name: str, where: str) -> RecipeError:
+    shown = sorted(known for known in settable(config) if not known.startswith("_"))
+    nearest = difflib.get_close_matches(name, shown, n=1, cutoff=0)[0]
+    return RecipeError(f"{where}.{name}: {type(config).__name__} has no such field; the nearest is {nearest!r}")
 
 
 def training_texts(recipe: Recipe, records) -> Iterator[str]:
@@ -100,17 +139,29 @@ def build_processor(recipe: Recipe, config, records):
     sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}} if size else {}
     sizes |= chosen.image_processor
     saved = chosen.from_pretrained or recipe.model.from_pretrained
+    cleaning = {} if chosen.text_cleaning is None else {"text_cleaning": chosen.text_cleaning}
     if saved:
-        return AutoProcessor.from_pretrained(saved, **sizes)
+        for name in ("tokenizer", "vocabulary_size"):
+            if (value := getattr(chosen, name)) is not None:
+                raise RecipeError(
+                    f"processor.{name} = {value!r}: the processor saved in {saved} has its own vocabulary; leave it out"
+                )
+        processor = AutoProcessor.from_pretrained(saved, **sizes)
+        if chosen.max_length is not None:
+            processor.tokenizer.model_max_length = chosen.max_length
+        if cleaning:
+            processor = type(processor)(processor.image_processor, processor.tokenizer, **cleaning)
+        return processor
+    length = chosen.max_length or 77
     if chosen.tokenizer is None:
-        tokenizer = train_clip_tokenizer(training_texts(recipe, records), chosen.vocabulary_size, chosen.max_length)
+        entries = chosen.vocabulary_size or 4096
+        tokenizer = train_clip_tokenizer(training_texts(recipe, records), entries, length)
     elif chosen.tokenizer.endswith(".gz"):
-        tokenizer = clip_tokenizer_from_merges(chosen.tokenizer, max_length=chosen.max_length)
+        tokenizer = clip_tokenizer_from_merges(chosen.tokenizer, max_length=length)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(chosen.tokenizer, model_max_length=chosen.max_length)
+        tokenizer = AutoTokenizer.from_pretrained(chosen.tokenizer, model_max_length=length)
     row = TABLE[config.model_type]
     image_processor = resolve(row.image_processors["torchvision"])(**sizes)
-    cleaning = {} if chosen.text_cleaning is None else {"text_cleaning": chosen.text_cleaning}
     return resolve(row.processor)(image_processor, tokenizer, **cleaning)
 
 
@@ -223,7 +274,15 @@ def main() -> None:
         recipe, accelerator, model, processor, {split: records[split] for split in ("validation", "test")}
     )
     checkpoints = Checkpoints(
-        folder, accelerator, model, optimizer, scheduler, stream, keep=training.keep, metric=training.best_metric
+        folder,
+        accelerator,
+        model,
+        optimizer,
+        scheduler,
+        stream,
+        keep=training.keep,
+        metric=training.best_metric,
+        vocabulary=fingerprint(processor.tokenizer),
     )
     if options.resume:
         accelerator.print(f"resumed from {checkpoints.resume(options.resume)}")

@@ -48,7 +48,8 @@ def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
     """The rows of all processes, in the order of their ranks, with gradient to every process's rows.
 
     Args:
-        x: [B, ...], the same shape on every process.
+        x: [B, ...], the same shape on every process. Not checked: comparing the sizes would make every step wait for one more
+            exchange, so a loader must drop its last, smaller batch.
 
     Returns:
         [N * B, ...] for N processes; `x` itself on one process.
@@ -66,6 +67,24 @@ def gather_without_gradient(x: torch.Tensor) -> torch.Tensor:
         [N * B, ...] for N processes; `x` without its graph on one process.
     """
     return x.detach() if world_size() == 1 else _gather(x)
+
+
+def share_buffers(module: torch.nn.Module) -> None:
+    """Gives every process the first one's buffers, such as the running statistics of batch norms.
+
+    DistributedDataParallel does so at the start of its forward only: after a step, and in a forward beside it, each
+    process would go by statistics of its own pairs, while a checkpoint has the first one's. Called by all processes.
+    """
+    if world_size() == 1:
+        return
+    buffers = list(module.buffers())
+    for dtype in {buffer.dtype: None for buffer in buffers}:
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = torch.cat([buffer.detach().reshape(-1) for buffer in same])
+        dist.broadcast(flat, src=0)
+        with torch.no_grad():
+            for buffer, part in zip(same, flat.split([b.numel() for b in same]), strict=True):
+                buffer.copy_(part.view(buffer.shape))
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -4,48 +4,37 @@ Published sizes: ViT-B/32 with its text tower, RN50. Everyone gets the same weig
 the plain formulation and open_clip (if installed) a second one, which is the first in the released layout.
 
 Captions. "77 positions": every caption fills the table. "real lengths": tokens, start and end included, spread like a log-normal with
-median 14 and sigma 0.25 (its quantiles, so B 16 always has mean 14.4 and longest 22; COCO's captions are like that). There the
+median 14 and sigma 0.25 (its quantiles, so B 16 always has mean 14.4 and longest 22), an assumption about one-sentence captions. There the
 original and open_clip compute all 77 positions, as their code demands; ours and transformers get what their processors make, texts
 padded to the longest of the batch.
 """
 
 import functools
-import importlib.util
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
-from transformers import CLIPImageProcessor, CLIPModel
+from transformers import CLIPModel
 from transformers.initialization import no_init_weights
 
 from benchmarks import clip_plain
+from benchmarks.clip_inputs import OPEN_CLIP, tokenizer_rows, transform_rows
 from benchmarks.measure import BASE, Call, Contender, MemoryRow, Settings, TimedRow, count_flops
 from conversion.to_original import to_state_dict, to_transformers
 from hf_vlp import (
     VlpClipConfig,
     VlpClipForPreTraining,
-    VlpClipImageProcessor,
-    VlpClipImageProcessorPil,
-    VlpClipProcessor,
     VlpClipResNetConfig,
     VlpClipTextConfig,
     VlpClipVisionConfig,
 )
-from hf_vlp.inputs.text_cleaning import clean_clip_text
-from hf_vlp.inputs.vocabulary import byte_symbols, clip_tokenizer_from_merges, train_clip_tokenizer
 from hf_vlp.training.optim import adamw, parameter_groups
 from hf_vlp.training.steps import cached_contrastive_step
 
-OPEN_CLIP = importlib.util.find_spec("open_clip") is not None
 ATTENTION = ("sdpa", "eager")
 MEDIAN, SIGMA = 14.0, 0.25  # of the real captions' lengths in tokens
-EMOJI = Path(__file__).parent.parent / "data" / "emoji" / "train.parquet"
 
 
 def configuration(settings: Settings, tower: str = "vit") -> VlpClipConfig:
@@ -343,79 +332,6 @@ def step_rows(settings: Settings) -> Iterator[TimedRow]:
             train=True,
             parts={"forward and backward": ("forward", "backward")},
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Inputs
-
-
-def photographs(count: int, width: int = 640, height: int = 480) -> list[Image.Image]:
-    """Smooth random RGB pictures of a photograph's size."""
-    draw = np.random.default_rng(0)
-    small = draw.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
-    return [Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC) for one in small]
-
-
-def transform_rows(settings: Settings) -> Iterator[TimedRow]:
-    pictures = photographs(2 if settings.small else 32)
-    tensors = [torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous() for picture in pictures]
-    exact, fast, theirs = VlpClipImageProcessorPil(), VlpClipImageProcessor(), CLIPImageProcessor()
-    grey_levels = 3 / 255 / min(clip_plain.STD)  # antialiased resizing of 8-bit tensors rounds otherwise than Pillow
-
-    def contender(work, tolerance: float = 1e-4) -> Contender:
-        return Contender(lambda call: work(), tolerance=tolerance)
-
-    contenders = {
-        BASE: contender(lambda: torch.stack([clip_plain.transform(picture, 224) for picture in pictures])),
-        "transformers": contender(lambda: theirs(pictures, return_tensors="pt").pixel_values, grey_levels),
-        "ours exact": contender(lambda: exact(pictures, return_tensors="pt").pixel_values),
-        "ours tensor": contender(lambda: fast(pictures, return_tensors="pt").pixel_values, grey_levels),
-        "ours tensor, given tensors": contender(lambda: fast(tensors, return_tensors="pt").pixel_values, grey_levels),
-    }
-    yield TimedRow("transforms, 640 x 480", "pictures", len(pictures), contenders, by_dtype=False)
-
-
-def emoji_captions(count: int) -> list[str]:
-    """The first captions of the built-in data, each with its keywords."""
-    from pyarrow import parquet
-
-    rows = parquet.read_table(EMOJI, columns=["caption", "keywords"]).to_pylist()
-    return [f"{row['caption']}: {row['keywords']}" for row in rows[:count]]
-
-
-def tokenizer_rows(settings: Settings) -> Iterator[TimedRow]:
-    texts = emoji_captions(20 if settings.small else 1000)
-    if OPEN_CLIP:  # it brings the published merge table
-        import open_clip
-
-        tokenizer = clip_tokenizer_from_merges(Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz")
-    else:
-        tokenizer = train_clip_tokenizer([clean_clip_text(text) for text in emoji_captions(1000)], 8192, 77)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    plain = clip_plain.Tokenizer(tokenizer.get_vocab(), merges, byte_symbols())
-    processor = VlpClipProcessor(VlpClipImageProcessor(), tokenizer)
-    length = tokenizer.model_max_length
-    padded = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-
-    def contender(work: Callable[[], torch.Tensor]) -> Contender:
-        def ids_with_zeros() -> torch.Tensor:
-            ids = work()
-            return ids.masked_fill((ids == tokenizer.eos_token_id).cumsum(dim=1) > 1, 0)  # ours pads with end-of-text
-
-        return Contender(lambda call: work(), ids_with_zeros, tolerance=0.0)
-
-    contenders = {
-        BASE: contender(lambda: plain(texts, length)),
-        "transformers in a batch": contender(lambda: tokenizer(texts, **padded).input_ids),
-        "ours one by one": contender(
-            lambda: torch.cat([processor(text=text, padding="max_length").input_ids for text in texts])
-        ),
-        "ours in a batch": contender(lambda: processor(text=texts, padding="max_length").input_ids),
-    }
-    if OPEN_CLIP:
-        theirs = open_clip.SimpleTokenizer()
-        contenders["open_clip"] = contender(lambda: theirs(texts, length))
-    yield TimedRow("tokenizer, 77 positions", "captions", len(texts), contenders, by_dtype=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ sub-folder (COCO: train2014 or val2014), absent for Flickr30k.
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +17,21 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+HEAD = re.compile(r'\s*\{\s*("dataset"\s*:\s*"[^"]*"\s*,\s*)?"images"\s*:\s*\[.*"sentences"', re.DOTALL)
+
+
+def is_karpathy(path: str | os.PathLike) -> bool:
+    """Whether a .json file begins as a split file does: `images`, and `sentences` in the first entries."""
+    if Path(path).suffix.lower() != ".json":
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return HEAD.match(file.read(65536)) is not None
+
+
 def read_karpathy(
     json_path: str | os.PathLike,
     image_root: str | os.PathLike,
-    split: str,
+    split: str | None,
     *,
     restval: bool = True,
     captions_per_image: int | None = None,
@@ -29,7 +41,7 @@ def read_karpathy(
     Args:
         json_path: the split file.
         image_root: folder that holds the pictures, with the sub-folders that the file names.
-        split: `train`, `val`, `test` (or `restval`).
+        split: must be chosen: `train`, `val`, `test` (or `restval`).
         restval: COCO's 30,504 pictures marked restval join `train`, as all published results have it.
         captions_per_image: keep the first so many captions. The COCO 5K protocol scores 5 (25,000 in all), while some
             pictures have 6 or 7.
@@ -64,7 +76,7 @@ def read_karpathy(
         rows["filename"].append(entry["filename"])
     if not rows["image"]:
         counts = Counter(entry["split"] for entry in content["images"])
-        raise ValueError(f"{json_path} has no split {split!r}. It has: {dict(counts)}.")
+        raise ValueError(f"{json_path} has no split {split!r}. It has: {dict(counts)}. Choose one.")
     if not Path(rows["image"][0]).is_file():
         raise FileNotFoundError(f"no picture {rows['image'][0]}. image_root must hold the sub-folders the file names.")
     features = {"image": Image(), "captions": List(Value("string"))}

@@ -100,8 +100,12 @@ class ImageTextPairs(torch.utils.data.Dataset):
 
     - bad texts are found at once, whatever `cache` is, and the rows left out;
     - with `cache`, so are bad pictures;
-    - without, a bad picture is found when it is asked for. The next good row stands in for it (with its own text and
-      identity), so that batches keep their size. `report()` counts each bad row once, workers' included.
+    - without, a bad picture is found when it is asked for. The next good row stands in for it, with its own text and
+      identity, so that batches keep their size on every process. Its picture may then be in the batch already, on whichever
+      process: the two carry the same `image_id`, so a loss with targets by identity takes the captions of both as
+      positives, one with plain targets as negatives. `python -m hf_vlp.data.validate` finds such rows before.
+
+    `report()` counts each bad row once, workers' included.
 
     Args:
         records: a `datasets.Dataset` as `read_records` gives, or a sequence of such rows. One row a picture, with all

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_vlp.data.karpathy import is_karpathy, read_karpathy
 from hf_vlp.data.record import RecordError, decode_image
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def read_records(
     Args:
         source: a file (.parquet, .jsonl, .json, .csv, .tsv, .tar), a list or glob pattern of such files of one kind, a
             folder (pictures with or without a `metadata.jsonl/.csv/.parquet` that has a `file_name` column; or data
-            files; or what `Dataset.save_to_disk` wrote), or the id of a data set on the Hub.
+            files; or what `Dataset.save_to_disk` wrote), or the id of a data set on the Hub. A .json file with
+            Karpathy's splits of COCO or Flickr30k is read by `read_karpathy`, pictures from `image_root`.
         split: split to read; needed only where the source has several. In a folder, a sub-folder of that name counts.
         columns: what to find where, e.g. `{"captions": ["caption", "alt"], "image": "file", "image_id": "id"}`; a
             caption column holds a text or a list of texts, several are joined. Other keys rename. What is not named is
@@ -72,7 +74,12 @@ def read_records(
         FileNotFoundError: no such file.
         ValueError: unknown kind of file, or a split that must be chosen.
     """
-    dataset, folder = _open(source, split, streaming)
+    if isinstance(source, str | os.PathLike) and Path(source).is_file() and is_karpathy(source):
+        folder = Path(image_root) if image_root is not None else Path(source).parent
+        dataset = read_karpathy(source, folder, split)
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+    else:
+        dataset, folder = _open(source, split, streaming)
     return arrange(dataset, columns or {}, Path(image_root) if image_root is not None else folder, required)
 
 

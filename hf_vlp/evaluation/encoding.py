@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from hf_vlp.distributed import gather_without_gradient, rank, world_size
+from hf_vlp.distributed import gather_without_gradient, rank, share_buffers, world_size
 
 
 def shard(count: int, part: int, parts: int) -> range:
@@ -184,8 +184,12 @@ def verb_of(model: Any, verb: str) -> Callable[..., Any]:
 
 @contextmanager
 def evaluating(model: torch.nn.Module, accelerator: Any = None) -> Iterator[torch.nn.Module]:
-    """The model itself, out of its distributed wrapper and in evaluation mode; every module's mode is restored."""
+    """The model itself, out of its distributed wrapper and in evaluation mode; every module's mode is restored.
+
+    Entered by all processes: they encode with the buffers of the first, the ones that are saved.
+    """
     inner = model if accelerator is None else accelerator.unwrap_model(model)
+    share_buffers(inner)
     modes = [(module, module.training) for module in inner.modules()]
     inner.eval()
     try:

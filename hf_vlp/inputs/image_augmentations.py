@@ -21,6 +21,7 @@ from hf_vlp.inputs.image_transforms import (
     CLIP_MEAN,
     CLIP_STD,
     centre_crop,
+    eight_bits,
     normalised,
     on_background,
     resize_picture,
@@ -223,7 +224,8 @@ class TrainingTransform:
     `prepare`: a PIL image -> uint8 [3, h, w], always the same. `augment`: (uint8 [B, 3, h, w], generator) -> float32 [B, 3, R, R].
 
     Args:
-        image_processor: with `size`, `crop_size`, `resample`, `image_mean`, `image_std` as transformers' have, perhaps `background`.
+        image_processor: with `size`, `crop_size`, `resample`, `image_mean`, `image_std` as transformers' have, perhaps `background`
+            and `high_byte`.
         name: of the augmentation; CLIP's own if not given.
         canvas: length to which the shorter side is resized; if not given R for `random_square_crop`, which keeps the longer side
             whole, and 9/8 R for `random_resized_crop`, for which the middle square is cut out.
@@ -245,6 +247,7 @@ class TrainingTransform:
             )
         self.resample = image_processor.resample
         self.background = getattr(image_processor, "background", None)
+        self.high_byte = getattr(image_processor, "high_byte", False)
 
     def prepare(self, picture: Image.Image) -> torch.Tensor:
         """PIL image -> uint8 [3, h, w], contiguous.
@@ -252,6 +255,7 @@ class TrainingTransform:
         Raises:
             ValueError: no pixels, too many, or a mode without a way to RGB.
         """
+        picture = eight_bits(picture) if self.high_byte else picture
         resized = resize_picture(on_background(picture, self.background), self.canvas, self.resample)
         if not self.augment.keeps_whole_picture:
             resized = centre_crop(resized, self.canvas, self.canvas)

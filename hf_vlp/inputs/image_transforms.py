@@ -73,29 +73,22 @@ def channels_to_front(array: Any, channels_first: bool | None = None) -> Any:
     return array
 
 
-def plain_mode(picture: Image.Image) -> Image.Image:
-    """The picture in a mode with 8 bits a channel or fewer that Pillow resizes and converts as it should.
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """A picture of 16 bits as mode L with the high byte of every pixel; other modes as they are.
 
-    The original clips 16-bit pictures at 255, which leaves them white; here their high byte is kept.
+    Mode I counts as 16 bits where a pixel is above 255. Pillow itself, and so the original, cuts every pixel off at 255, which
+    leaves most such pictures white.
 
     Raises:
-        ValueError: the picture's numbers have no known range (mode F, and mode I outside 0..65535).
+        ValueError: mode I with pixels outside 0..65535.
     """
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode == "I":
-        pixels = np.asarray(picture)
-        low, high = int(pixels.min()), int(pixels.max())
-        if low < 0 or high > 65535:
-            raise ValueError(f"a picture of mode I has pixels from {low} to {high}: bring them to 0..255 first")
-        return Image.fromarray((pixels >> (8 if high > 255 else 0)).astype(np.uint8))
-    if picture.mode == "PA":  # Pillow would mix the palette's numbers
-        return picture.convert("RGBA")
-    if picture.mode == "La":  # Pillow knows no other way out of premultiplied grey
-        return picture.convert("LA")
-    if picture.mode == "F":
-        raise ValueError("a picture of mode F has no known range of pixels: bring them to 0..255 and mode L first")
-    return picture
+    if not picture.mode.startswith("I"):
+        return picture
+    pixels = np.asarray(picture)
+    low, high = int(pixels.min()), int(pixels.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"a picture of mode I has pixels from {low} to {high}: bring them to 0..255 first")
+    return Image.fromarray((pixels >> (8 if picture.mode != "I" or high > 255 else 0)).astype(np.uint8))
 
 
 def has_alpha(picture: Image.Image) -> bool:
@@ -115,7 +108,7 @@ def on_background(picture: Image.Image, colour: Sequence[int] | None) -> Image.I
         raise ValueError(f"background={colour!r} must be red, green and blue from 0 to 255")
     if not has_alpha(picture):
         return picture
-    picture = plain_mode(picture).convert("RGBA")
+    picture = _converted(picture, "RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, (*colour, 255)), picture).convert("RGB")
 
 
@@ -138,10 +131,11 @@ def resize_picture(
 ) -> Image.Image:
     """Pillow's antialiased resizing to `resized_size`.
 
-    Pillow itself takes the nearest pixel for palettes and 1-bit pictures, and weighs colours by their opacity where there is alpha.
+    In the picture's own mode: Pillow takes the nearest pixel for palettes and 1-bit pictures, and weighs colours by their opacity
+    where there is alpha.
     """
     target = resized_size(*picture.size, size)
-    return plain_mode(picture).resize(target, resample)
+    return picture.resize(target, resample)
 
 
 def crop_offset(length: int, crop: int) -> int:
@@ -159,24 +153,34 @@ def centre_crop(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Three channels; alpha is dropped, not composed.
+    """Three channels as Pillow makes them: alpha is dropped, not composed, and what is above 255 (modes I and F) cut off.
 
     Raises:
         ValueError: Pillow knows no way from this mode.
     """
+    return _converted(picture, "RGB")
+
+
+def _converted(picture: Image.Image, mode: str) -> Image.Image:
     try:
-        return plain_mode(picture).convert("RGB")
-    except ValueError as error:
+        return picture.convert(mode)
+    except (ValueError, OSError) as error:
         raise ValueError(
-            f"a picture of mode {picture.mode} cannot be converted to RGB ({error}): save it as PNG or JPEG"
+            f"a picture of mode {picture.mode} cannot be converted to {mode} ({error}): save it as PNG or JPEG"
         ) from error
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """A picture with 8-bit channels -> uint8 [C, h, w]."""
+    """A picture with 8-bit channels -> uint8 [C, h, w].
+
+    Raises:
+        ValueError: another mode: 1 bit, a palette, 16 bits or more.
+    """
     pixels = np.array(picture)
+    if pixels.dtype != np.uint8 or picture.mode in ("P", "PA"):
+        raise ValueError(f"a picture of mode {picture.mode} has no channels of 8 bits: leave do_convert_rgb on")
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-    return torch.from_numpy(pixels.astype(np.uint8, copy=False)).permute(2, 0, 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def normalised(
@@ -198,7 +202,7 @@ def clip_eval(
     """CLIP's evaluation transform: resize the shorter side, crop the middle, and only then convert to RGB; numbers as the original's.
 
     Args:
-        picture: a PIL image of any mode.
+        picture: a PIL image of any mode that Pillow resizes and converts.
         size: R.
 
     Returns:

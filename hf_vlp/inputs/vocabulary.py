@@ -6,6 +6,7 @@ The result is transformers' own `CLIPTokenizer`, which saves and loads without t
 """
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 END_OF_WORD = "</w>"
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
@@ -108,6 +109,12 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int)
     )
     tokenizer.train_from_iterator(texts, trainer)
     return _tokenizer([tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]], max_length)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hexadecimal) of a tokenizer's tokens and their ids, by which weights trained with it can know it again."""
+    entries = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def decode_clip(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> str:

@@ -40,6 +40,8 @@ class Attention(nn.Module):
 
     Args:
         config: configuration whose attention implementation ("eager", "sdpa", "flash_attention_2", "flex_attention") decides the kernel.
+            "sdpa" is transformers' default and the best in float32 and for inference; in bf16 training on a CPU "eager" is as fast on some
+            machines and a fifth faster on others (`examples/benchmark.py clip --rows step` tells).
         hidden_size: width D of the queries; must be a multiple of `num_heads`.
         num_heads: number of heads.
         key_value_size: width of the keys' and values' source, D if None.

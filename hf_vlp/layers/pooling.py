@@ -33,6 +33,26 @@ def largest_id_index(input_ids: torch.Tensor) -> torch.Tensor:
     return input_ids.argmax(dim=1)
 
 
+def refuse_padding_before(index: torch.Tensor, attention_mask: torch.Tensor) -> None:
+    """Padding at or before position `index` [B] of a row: `attention_mask` [B, L] is 0 there. Right padding has none.
+
+    Looked for on the CPU outside of traced graphs alone: elsewhere it would be a synchronisation in every step.
+
+    Raises:
+        ValueError: naming the rows.
+    """
+    if torch.compiler.is_compiling() or attention_mask.device.type != "cpu" or index.device.type != "cpu":
+        return
+    seen = torch.arange(attention_mask.shape[1])[None, :] <= index[:, None]  # [B, L]
+    padded = ((attention_mask == 0) & seen).any(dim=1)
+    if padded.any():
+        rows = padded.nonzero().flatten().tolist()
+        raise ValueError(
+            f"attention_mask is 0 at or before the end of text in row(s) {rows[:10]}: pad texts on the right "
+            '(tokenizer.padding_side = "right"), positions count from the start'
+        )
+
+
 def masked_mean(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Mean of `hidden_states` [B, L, D] over the positions where `attention_mask` [B, L] is 1 -> [B, D]."""
     if attention_mask is None:

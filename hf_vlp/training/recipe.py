@@ -40,16 +40,21 @@ class ProcessorRecipe:
 
     `from_pretrained`: a saved processor (default with `model.from_pretrained`: that folder). `tokenizer`: a tokenizer
     folder, or a merges file in the layout of CLIP's `bpe_simple_vocab_16e6.txt.gz`. Without either a byte-level
-    vocabulary of `vocabulary_size` entries is trained on the captions. `max_length`: tokens with both marks.
+    vocabulary of `vocabulary_size` (4096) entries is trained on the captions. `max_length` (77): tokens with both marks.
     `image_processor`: further arguments of the image processor (the size comes from the model's config).
+    A saved processor has its tokenizer: `tokenizer` and `vocabulary_size` beside it are an error; `max_length`,
+    `text_cleaning` and `image_processor` override what was saved.
     """
 
     from_pretrained: str | None = None
     tokenizer: str | None = None
-    vocabulary_size: int = 4096
-    max_length: int = 77
-    text_cleaning: str | None = None
+    vocabulary_size: int | None = None
+    max_length: int | None = None
+    text_cleaning: Literal["clip", "none"] | None = None
     image_processor: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _at_least("processor", self, vocabulary_size=1, max_length=3)
 
 
 @dataclass
@@ -68,7 +73,8 @@ class ExtraTextRecipe:
 @dataclass
 class DataRecipe:
     """The pairs. `train`, `validation`, `test`: a .parquet, .jsonl, .json, .csv or .tsv file, an image folder or a Hub
-    id (with `*_split`).
+    id (with `*_split`). Karpathy's `dataset_coco.json` or `dataset_flickr30k.json` can stand for all three, with
+    `train_split: train`, `validation_split: val`, `test_split: test` and `image_root`.
 
     `columns` renames the file's columns to the record's (`image`, `captions`, `image_id`; `captions` may join several).
     `augmentation`: `name`, `canvas` and the numbers of a `TrainingTransform` of `hf_vlp.inputs.image_augmentations`; empty
@@ -166,7 +172,11 @@ class TrainingRecipe:
         if (self.steps is None) == (self.epochs is None):
             raise RecipeError("training: give exactly one of training.steps and training.epochs")
         _at_least("training", self, steps=1, epochs=1, batch_size=2, accumulation=1, cached_chunk_size=1, workers=0, threads=1)
-        _at_least("training", self, log_every=1, evaluate_every=1, save_every=1, keep=1, clip_norm=0, seed=0)
+        _at_least("training", self, log_every=1, evaluate_every=1, save_every=1, keep=1, seed=0)
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise RecipeError(
+                f"training.clip_norm = {self.clip_norm}: expected more than 0 (0 would train nothing), or null for none"
+            )
 
 
 @dataclass

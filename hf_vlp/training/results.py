@@ -1,7 +1,5 @@
 """Retrieval on the held-out splits of a run: its tables, its numbers for the card, its picture sheet."""
 
-import shlex
-import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from hf_vlp.evaluation.provenance import command, conditions, shortened
 from hf_vlp.evaluation.retrieval import RetrievalReport, RetrievalSet, evaluate_retrieval
 from hf_vlp.training.recipe import Recipe
 from hf_vlp.training.report import draw_retrieval
@@ -27,6 +26,7 @@ class HeldOut:
         keeps = processor if recipe.data.cache else None
         self.splits = {split: RetrievalSet(rows, keeps) for split, rows in records.items() if rows is not None}
         self.reports: dict[str, RetrievalReport] = {}
+        self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.training.mixed_precision)
 
     def evaluate(self, stream: BatchStream) -> dict[str, float]:
         """Prints a table for each split and returns their metrics as "<split>/<metric>"; the same on all processes."""
@@ -37,7 +37,7 @@ class HeldOut:
                 self.processor,
                 pairs,
                 accelerator=self.accelerator,
-                autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.training.mixed_precision),
+                autocast=self.autocast,
                 progress=False,
             )
             self.accelerator.print(f"\n{split}, step {stream.progress.step}\n{report.table()}")
@@ -47,13 +47,15 @@ class HeldOut:
     def results(self) -> list[dict[str, Any]]:
         """The last evaluation as entries of `results.json`, from which the card is made."""
         data = self.recipe.data
+        how = conditions(self.model, self.processor, self.autocast)
         return [
             {
                 "task": "retrieval",
-                "data": getattr(data, split),
+                "data": shortened(getattr(data, split)),
                 "split": getattr(data, f"{split}_split") or split,
                 **report.to_dict(),
-                "command": shlex.join(["accelerate", "launch", *sys.argv]),
+                "protocol": f"{report.protocol}, {how}",
+                "command": command(self.accelerator.num_processes),
                 "date": date.today().isoformat(),
             }
             for split, report in self.reports.items()

@@ -4,6 +4,7 @@
         model.safetensors  config.json  and the processor's files
         checkpoints/step-00000100/model.safetensors  optimizer.safetensors  random-<process>.safetensors  state.json
         checkpoints/best.json
+        checkpoints/left-step-00000300      what a resumed run left behind: it went on from an earlier checkpoint
 
 Tensors are safetensors and everything else JSON: reading a checkpoint executes nothing. A folder is written beside its
 place and renamed, so a checkpoint is whole or absent.
@@ -25,6 +26,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 
+from hf_vlp.distributed import share_buffers
 from hf_vlp.files import write_text
 
 _CHECKPOINT = re.compile(r"step-(\d{8})")
@@ -55,6 +57,7 @@ class Checkpoints:
         stream: the batches, with `state_dict` and `load_state_dict`, and `progress`, which every save writes down.
         keep: newest checkpoints kept; the best one stays as well.
         metric: key of the evaluation's metrics by which the best is known, higher is better.
+        vocabulary: `hf_vlp.inputs.vocabulary.fingerprint` of the run's tokenizer; a checkpoint of another is refused.
     """
 
     def __init__(
@@ -68,9 +71,10 @@ class Checkpoints:
         *,
         keep: int = 2,
         metric: str = "validation/rsum",
+        vocabulary: str | None = None,
     ):
         self.folder = Path(folder) / "checkpoints"
-        self.accelerator, self.keep, self.metric = accelerator, keep, metric
+        self.accelerator, self.keep, self.metric, self.vocabulary = accelerator, keep, metric, vocabulary
         self.model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
         self.scheduler, self.stream = scheduler, stream
@@ -85,6 +89,8 @@ class Checkpoints:
         accelerator, progress = self.accelerator, self.stream.progress
         final = self.folder / f"step-{progress.step:08d}"
         partial = self.folder / f".writing-{final.name}"
+        # every process goes on as it would from this checkpoint
+        share_buffers(self.model)
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -98,6 +104,7 @@ class Checkpoints:
                 "progress": asdict(progress),
                 "stream": self.stream.state_dict(),
                 "processes": accelerator.num_processes,
+                "vocabulary": self.vocabulary,
                 "optimizer": plain,
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
@@ -108,19 +115,44 @@ class Checkpoints:
         if accelerator.is_main_process:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
-            if self.improves(metrics):
-                best = {"checkpoint": final.name, "metric": self.metric, "value": metrics[self.metric]}
-                write_text(self.folder / "best.json", json.dumps(best))
+            if self._improves(metrics):
+                self._write_best(final, metrics[self.metric])
             self._rotate()
         accelerator.wait_for_everyone()
         return final
 
     def improves(self, metrics: dict[str, float] | None) -> bool:
-        """Whether these metrics beat every saved checkpoint's."""
+        """Whether these metrics beat every saved checkpoint's; called by all processes, the main one decides."""
+        answer = [self._improves(metrics)] if self.accelerator.is_main_process else [None]
+        return broadcast_object_list(answer)[0]
+
+    def _improves(self, metrics: dict[str, float] | None) -> bool:
         if metrics is None or self.metric not in metrics:
             return False
         path = self.folder / "best.json"
         return not path.exists() or metrics[self.metric] > json.loads(path.read_text(encoding="utf-8"))["value"]
+
+    def _write_best(self, path: Path, value: float) -> None:
+        best = {"checkpoint": path.name, "metric": self.metric, "value": value}
+        write_text(self.folder / "best.json", json.dumps(best))
+
+    def _leave_later(self) -> list[Path]:
+        """Renames the checkpoints behind the present step, which are of a future that this run will not have, and finds the best
+        of the others. Left in place they would pass for the newest, and `keep` would delete the new ones."""
+        left = []
+        for path in self.all():
+            if int(_CHECKPOINT.fullmatch(path.name)[1]) > self.stream.progress.step:
+                left.append(path.with_name(f"left-{path.name}"))
+                shutil.rmtree(left[-1], ignore_errors=True)
+                os.replace(path, left[-1])
+        if left and (self.folder / "best.json").exists() and self.best() is None:
+            (self.folder / "best.json").unlink()
+            metrics = {path: _read_json(path / "state.json")["metrics"] or {} for path in self.all()}
+            values = {path: found[self.metric] for path, found in metrics.items() if self.metric in found}
+            if values:
+                best = max(values, key=values.get)
+                self._write_best(best, values[best])
+        return left
 
     def _rotate(self) -> None:
         best = self.best()
@@ -150,11 +182,14 @@ class Checkpoints:
     def resume(self, where: str | Path = "auto") -> Path:
         """Puts model, optimizer, schedule, stream, progress, loss scale and random states back.
 
+        Later checkpoints of this run folder are renamed to `left-step-<step>`: no longer counted, and yours to delete.
+
         Args:
             where: "auto" for the newest checkpoint of this run folder, or the folder of a checkpoint.
 
         Raises:
-            StateError: no checkpoint, a damaged file, another number of processes, another model, optimizer or data.
+            StateError: no checkpoint, a damaged file, another number of processes, another vocabulary, model, optimizer or
+                data.
 
         Returns:
             The checkpoint's folder.
@@ -168,6 +203,11 @@ class Checkpoints:
                 f"{path} was written by {state['processes']} processes and this run has "
                 f"{self.accelerator.num_processes}: batches and random states would differ from an unbroken run. "
                 f"Launch with --num_processes {state['processes']}, or start anew with model.from_pretrained"
+            )
+        if self.vocabulary is not None and state.get("vocabulary") not in (None, self.vocabulary):
+            raise StateError(
+                f"{path} was trained with another vocabulary than this run's tokenizer has: its token ids would mean other "
+                "words. Resume with the captions and processor settings of that run, or give processor.from_pretrained"
             )
         # every file is read before anything is changed
         tensors = _read_tensors(path / "optimizer.safetensors")
@@ -185,6 +225,10 @@ class Checkpoints:
         _set_random(randoms)
         for name, value in state["progress"].items():
             setattr(self.stream.progress, name, value)
+        self.accelerator.wait_for_everyone()  # "auto" of a slower process still looks for the newest
+        if self.accelerator.is_main_process and (left := self._leave_later()):
+            self.accelerator.print(f"left behind, to be deleted by you: {', '.join(map(str, left))}")
+        self.accelerator.wait_for_everyone()
         return path
 
     def load_weights(self, path: Path) -> None:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_vlp.distributed import average_gradients
+from hf_vlp.distributed import average_gradients, share_buffers
 
 Batch = dict[str, torch.Tensor]
 Step = Callable[[Accelerator, nn.Module, list[Batch]], dict[str, torch.Tensor]]
@@ -101,8 +101,9 @@ def cached_contrastive_step(
             pairs = [(e, g) for e, g in zip(embeddings, gradient, strict=True) if e.requires_grad]
             torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs])
         _add(totals, loss, losses, len(batches))
-    # the towers ran outside the distributed wrapper, so nothing has averaged their gradients yet
+    # the towers ran outside the distributed wrapper: nothing has averaged their gradients or shared their statistics
     average_gradients(inner.parameters())
+    share_buffers(inner)
     return totals
 
 

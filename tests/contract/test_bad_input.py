@@ -44,6 +44,27 @@ def test_texts_without_end_of_text(pair, batch):
             call()
 
 
+def test_texts_padded_on_the_left(pair, batch):
+    ids = torch.tensor([[38, 5, 6, END, END, END], [END, END, 38, 5, 6, END], [38, 5, 6, 7, 8, END]])
+    right = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6, [1] * 6])
+    left = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [1] * 6])
+    pixels = batch["pixel_values"][:3]
+    calls = (
+        lambda mask: pair(input_ids=ids, pixel_values=pixels, attention_mask=mask),
+        lambda mask: pair.get_text_features(ids, mask),
+        lambda mask: pair.score_pairs(ids, pixels, mask),
+        lambda mask: pair.text_model(ids, attention_mask=mask),
+    )
+    for call in calls:
+        call(right)
+        for mask in (left, left.bool()):
+            with pytest.raises(
+                ValueError, match=r"at or before the end of text in row\(s\) \[1\]: pad texts on the right"
+            ):
+                call(mask)
+    assert torch.equal(pair.get_text_features(ids, right), pair.get_text_features(ids))
+
+
 def test_the_original_rule_takes_texts_without_end_of_text(batch):
     config = text_config()
     config.pooling = "largest_id"

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.transforms import functional as tv
 from transformers import AutoImageProcessor, AutoProcessor, BertTokenizer, CLIPTokenizer
 
 import hf_vlp  # noqa: F401 (registers the classes)
-from hf_vlp.inputs.image_transforms import CLIP_STD, clip_eval
+from hf_vlp.inputs.image_transforms import CLIP_MEAN, CLIP_STD, clip_eval
 from hf_vlp.inputs.vocabulary import clip_tokenizer_from_merges
 from hf_vlp.models.clip.image_processing_clip import VlpClipImageProcessor, VlpClipImageProcessorPil
 from hf_vlp.models.clip.processing_clip import VlpClipProcessor
@@ -59,17 +60,71 @@ def test_pixels_of_the_original(case):
     assert torch.equal(VlpClipImageProcessorPil(size=size)(str(path), return_tensors="pt")["pixel_values"], exact)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "HSV"])
-def test_the_backends_agree_within_two_grey_levels(mode):
-    image = picture(71, 64)
-    image = image.convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
-    if mode == "RGBA":
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "I", "F", "I;16", "I;16B"]
+
+
+def picture_of_mode(mode: str) -> Image.Image:
+    image, grey = picture(71, 64), np.array(picture(71, 64).convert("L"))
+    if mode in ("I", "F"):  # below zero and above 255
+        return Image.fromarray((grey.astype(np.int32) * 3 - 200).astype({"I": np.int32, "F": np.float32}[mode]))
+    if mode.startswith("I;16"):
+        return Image.frombytes(mode, image.size, (grey.astype(np.uint16) * 3).astype(">u2" if "B" in mode else "<u2"))
+    if mode in ("RGBA", "RGBa", "LA"):
         image.putalpha(picture(71, 64, seed=1).convert("L"))
-    exact, fast = (backend(size=32)(image, return_tensors="pt")["pixel_values"] for backend in reversed(BACKENDS))
+    return image.convert("P").convert("PA") if mode == "PA" else image.convert(mode)
+
+
+def released_transform(image: Image.Image, size: int) -> torch.Tensor:
+    """The original's evaluation transform as torchvision has it: resize, crop, three channels, tensor, normalise."""
+    image = tv.center_crop(tv.resize(image, size, tv.InterpolationMode.BICUBIC), size).convert("RGB")
+    return tv.normalize(tv.to_tensor(image), CLIP_MEAN, CLIP_STD)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_exact_backend_is_the_original_in_every_mode(mode):
+    image = picture_of_mode(mode)
+    assert image.mode == mode
+    exact = VlpClipImageProcessorPil(size=32)(image, return_tensors="pt")["pixel_values"][0]
+    assert (exact - released_transform(image, 32)).abs().max() <= 1e-6
+    assert (exact - released_transform(picture(71, 64, seed=2), 32)).abs().max() > 10 * GREY_LEVEL
+
+
+@pytest.mark.parametrize("size, crop_size", [(32, 32), (40, 32), (32, 40)])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_backends_agree_within_two_grey_levels(mode, size, crop_size):
+    image, options = picture_of_mode(mode), {"size": size, "crop_size": crop_size, "return_tensors": "pt"}
+    exact, fast = (backend()(image, **options)["pixel_values"] for backend in reversed(BACKENDS))
+    assert exact.shape == fast.shape == (1, 3, crop_size, crop_size)
     assert (exact - fast).abs().max() <= 2.02 * GREY_LEVEL
-    assert torch.equal(exact[0], clip_eval(image, 32))
-    other = VlpClipImageProcessorPil(size=32)(picture(71, 64, seed=2), return_tensors="pt")["pixel_values"]
+    if size == crop_size:
+        assert torch.equal(exact[0], clip_eval(image, 32))
+    other = VlpClipImageProcessorPil()(picture(71, 64, seed=2), **options)["pixel_values"]
     assert (exact - other).abs().max() > 10 * GREY_LEVEL
+
+
+@both_backends
+def test_the_high_byte_of_sixteen_bits(backend, tmp_path):
+    grey = np.array(picture().convert("L"))
+    image = Image.fromarray(grey.astype(np.uint16) * 256 + 7)
+    raw = {"return_tensors": "pt", "do_normalize": False, "do_rescale": False}
+    process = backend(size=16, high_byte=True)
+    assert torch.equal(process(image, **raw)["pixel_values"], process(Image.fromarray(grey), **raw)["pixel_values"])
+    assert (backend(size=16)(image, **raw)["pixel_values"] == 255).float().mean() > 0.9
+    process.save_pretrained(tmp_path)
+    assert type(process).from_pretrained(tmp_path).high_byte is True
+
+
+@both_backends
+def test_channels_that_do_not_fit_the_means(backend):
+    process = backend(size=8, do_convert_rgb=False)
+    for image in (picture().convert("L"), picture().convert("RGBA"), np.zeros((9, 9), np.uint8)):
+        with pytest.raises(ValueError, match=r"channel\(s\) cannot be normalised by 3 means"):
+            process(image)
+    with pytest.raises(ValueError, match="mode P has no channels of 8 bits"):
+        process(picture().convert("P"))
+    grey = process(picture().convert("L"), image_mean=[0.5], image_std=[0.5], return_tensors="pt")["pixel_values"]
+    assert grey.shape == (1, 1, 8, 8)
+    assert process(picture(), return_tensors="pt")["pixel_values"].shape == (1, 3, 8, 8)
 
 
 @both_backends
@@ -153,7 +208,9 @@ def test_transparency_on_a_background(backend):
         (Image.new("RGB", (0, 5)), "no pixels"),
         (Image.new("1", (14000, 13000)), "14000 wide"),
         (Image.new("L", (1, 900000)), "once resized"),
-        (Image.new("F", (5, 5)), "mode F"),
+        (Image.new("La", (5, 5)), "mode La"),
+        ([None], "picture 0 is None"),
+        ([Image.new("RGB", (5, 5)), None], "picture 1 is None"),
         (np.zeros((5, 5, 3), np.float32), "float32"),
         (torch.zeros(3, 5, 5, dtype=torch.int64), "int64"),
         (np.zeros((5, 5, 2), np.uint8), r"\(5, 5, 2\)"),
@@ -222,6 +279,7 @@ def test_captions_are_cleaned(processor):
 def test_padding_and_lengths(processor):
     assert processor(text=["a", "a a a"])["input_ids"].shape == (2, 5)
     assert processor(text="a", padding="max_length")["input_ids"].shape == (1, LIMIT)
+    assert processor(text="a", max_length=3)["input_ids"].shape == (1, 3)
     assert processor(text="a", padding="max_length", max_length=9)["input_ids"].shape == (1, 9)
     lists = processor(text=["a", "a a a"], padding=False, return_tensors=None)["input_ids"]
     assert [len(row) for row in lists] == [3, 5]
@@ -245,6 +303,16 @@ def test_long_captions_keep_their_end_and_warn_once_with_the_count(processor):
     assert short["input_ids"].tolist() == [[552, 320, 320, 553]]
 
 
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_the_limit_of_one_call_is_not_saved(processor, tmp_path):
+    assert processor(text="a " * 40, max_length=9)["input_ids"].shape == (1, 9)
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again(text="a " * 40)["input_ids"].shape == (1, LIMIT)
+    again.tokenizer.model_max_length = 7
+    assert again(text="a " * 40)["input_ids"].shape == (1, 7)
+
+
 def test_captions_that_may_not_be_cut(processor):
     with pytest.raises(ValueError, match=f"caption 1 has 42 tokens, more than {LIMIT}"):
         processor(text=["a", "a " * 40], truncation=False)
@@ -260,6 +328,10 @@ def test_captions_that_may_not_be_cut(processor):
         ({"text": 7}, TypeError, "int"),
         ({"text": "a", "padding_side": "left"}, ValueError, "left"),
         ({"images": []}, ValueError, "empty"),
+        ({"images": [None]}, ValueError, "picture 0 is None"),
+        ({"text": "a", "max_length": 2}, ValueError, "max_length=2 leaves no room"),
+        ({"text": "a", "max_length": 1}, ValueError, "max_length=1 leaves no room"),
+        ({"text": "a", "max_length": 0}, ValueError, "max_length=0 leaves no room"),
     ],
 )
 def test_calls_that_are_refused(processor, inputs, error, match):

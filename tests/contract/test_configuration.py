@@ -1,5 +1,7 @@
 """Configurations: what they accept, what they say no to, and how many parameters they stand for."""
 
+import math
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -179,3 +181,16 @@ def test_what_a_saved_file_carries_besides_is_kept(tmp_path):
     config.layer_norm_epsilon = 1e-6
     config.save_pretrained(tmp_path)
     assert VlpClipTextConfig.from_pretrained(tmp_path).layer_norm_eps == 1e-6
+
+
+def test_the_sigmoid_loss_has_no_limit_of_the_scale_unless_one_is_given(tmp_path):
+    assert VlpClipConfig().logit_scale_max == VlpClipConfig(logit_scale_max="auto").logit_scale_max == math.log(100)
+    assert VlpClipConfig(contrastive_loss="sigmoid").logit_scale_max is None
+    assert VlpClipConfig(contrastive_loss="sigmoid", logit_scale_max=2).logit_scale_max == 2
+    for loss in ("softmax", "sigmoid"):
+        for limit in ("auto", None, math.log(100), 3.0):
+            config = VlpClipConfig(contrastive_loss=loss, logit_scale_max=limit)
+            config.save_pretrained(tmp_path)
+            assert VlpClipConfig.from_pretrained(tmp_path).logit_scale_max == config.logit_scale_max
+    with pytest.raises(StrictDataclassError, match="logit_scale_max must be a number"):
+        VlpClipConfig(logit_scale_max="none")

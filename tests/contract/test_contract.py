@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_vlp.auto import OWN_AUTO_CLASSES, TABLE
+from hf_vlp.models.clip.modeling_clip import unit_rows
 from tests.contract.rows import END, ROWS, VOCABULARY, Row
 
 EQUAL = 1e-6  # the same weights in other memory: some kernels choose their order of summation by alignment
@@ -340,6 +341,13 @@ def test_loss_is_float32_under_autocast(subject):
         output = subject.model(**subject.batch)
     assert output.loss.dtype == torch.float32
     assert abs(output.loss.item() - subject.outputs[".loss"].item()) < 0.05 * max(1, subject.outputs[".loss"].item())
+    for name in ("image_embeds", "text_embeds"):
+        if name in output:
+            lengths = output[name].float().norm(dim=1)
+            assert (lengths - 1).abs().max() < 1e-5, name
+            # pure half precision keeps its own type, and its lengths
+            half = unit_rows(output[name].bfloat16())
+            assert half.dtype == torch.bfloat16 and (half.float().norm(dim=1) - 1).abs().max() > 1e-5
 
 
 @rows(is_first_of_its_class)

@@ -25,8 +25,9 @@ from conversion.checkpoints import (
     read_checkpoint,
     save_state_dict,
 )
-from conversion.clip_layouts import clip_table, half_layout, infer_config, round_to_half
+from conversion.clip_layouts import clip_table, from_openai, half_layout, infer_config, round_to_half
 from conversion.from_clip import convert_state_dict, expected_state, load_model
+from conversion.preprocessing import image_options
 from conversion.tables import (
     ConversionError,
     Drop,
@@ -503,7 +504,8 @@ def test_models_of_both_classes_and_precisions():
 def test_folder_and_back_to_the_file(case, tmp_path, capsys):
     source = GOLDEN / "clip" / case
     arguments = ["--checkpoint", str(source / "checkpoint.pt"), "--output", str(tmp_path / "ours"), "--check"]
-    from_clip.main(arguments)
+    told = ["--hidden-act", "quick_gelu"] if case == "vit_fp32_checkpoint" else []
+    from_clip.main([*arguments, *told])
     printed = capsys.readouterr().out
     total = sum(
         t.numel() for n, t in golden(case).items() if n not in SIZES and "running_" not in n and "tracked" not in n
@@ -576,6 +578,24 @@ def test_open_clip_models_compute_the_same(tower, custom, quick_gelu, tmp_path):
     settings = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": OPEN_CLIP_TEXT, "quick_gelu": quick_gelu}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings, "preprocess_cfg": {}}))
     assert feature_difference(load_model(tmp_path), theirs, vision["image_size"]) < 2e-5
+
+
+def test_the_command_line_does_not_guess_the_activation(tmp_path, capsys):
+    torch.save(open_clip_model("vit", False, False).state_dict(), tmp_path / "theirs.pt")
+    arguments = ["--checkpoint", str(tmp_path / "theirs.pt"), "--output", str(tmp_path / "ours")]
+    with pytest.raises(SystemExit):
+        from_clip.main(arguments)
+    assert "does not tell its activation: give --hidden-act gelu" in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
+    from_clip.main([*arguments, "--hidden-act", "gelu"])
+    assert AutoModel.from_pretrained(tmp_path / "ours").config.text_config.hidden_act == "gelu"
+    # OpenAI's files are known by their sizes or by their precisions, and the functions go on guessing
+    bare = {name: tensor for name, tensor in golden("vit").items() if name not in SIZES}
+    torch.save(bare, tmp_path / "bare.pt")
+    assert from_clip.read(tmp_path / "bare.pt", guess_activation=False)[0].text_config.hidden_act == "quick_gelu"
+    sized = {**golden("vit_fp32_checkpoint"), "input_resolution": golden("vit")["input_resolution"]}
+    assert from_openai(sized) and not from_openai(golden("vit_fp32_checkpoint"))
+    assert load_model(tmp_path / "theirs.pt").config.text_config.hidden_act == "quick_gelu"
 
 
 def test_open_clip_settings_that_leave_no_trace_are_refused(tmp_path):
@@ -736,6 +756,31 @@ def test_sizes_that_make_no_sense():
         convert_state_dict({**state, "visual.transformer.resblocks.1.ln_1.weight": torch.ones(63)})
 
 
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_stated_sizes_must_be_those_of_the_weights(name):
+    state = golden("vit")
+    assert convert_state_dict({**state, name: state[name].clone()})[0] == convert_state_dict(state)[0]
+    with pytest.raises(ConversionError, match=f"{name} says 7, the shapes"):
+        convert_state_dict({**state, name: torch.tensor(7)})
+
+
+@pytest.mark.parametrize("name", ["visual.proj", "transformer.resblocks.0.attn.in_proj_weight", "logit_scale"])
+def test_weights_that_are_no_numbers(name):
+    state = golden("vit")
+    for dtype in (torch.int8, torch.float8_e4m3fn, torch.complex64):
+        with pytest.raises(ConversionError, match=f"{name} is {dtype}"):
+            convert_state_dict({**state, name: state[name].to(dtype)})
+    for value in (float("nan"), float("inf")):
+        broken = state[name].clone().reshape(-1)
+        broken[-1] = value
+        with pytest.raises(ConversionError, match=f"{name} holds infinities or NaN"):
+            convert_state_dict({**state, name: broken.reshape(state[name].shape)})
+    meta = {key: tensor.to("meta") for key, tensor in state.items()}
+    convert_state_dict(meta)
+    with pytest.raises(ConversionError, match="int8"):
+        convert_state_dict({**meta, name: meta[name].to(torch.int8)})
+
+
 def test_foreign_towers_have_no_original_layout():
     config = VlpClipConfig(text_config={"model_type": "bert"})
     with pytest.raises(ConversionError, match="text tower is a bert"):
@@ -827,3 +872,56 @@ def test_the_vocabulary_of_another_model_is_refused(tmp_path, capsys):
         )
     assert "another model's vocabulary" in capsys.readouterr().err
     assert not (tmp_path / "ours").exists()
+
+
+def write_preparation(folder: Path, name: str, content: dict) -> Path:
+    folder.mkdir()
+    (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def test_pictures_are_prepared_as_open_clips_folder_says(tmp_path):
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    said = {"mean": mean, "std": std, "size": [48, 48], "interpolation": "bicubic", "resize_mode": "shortest"}
+    folder = write_preparation(tmp_path / "all", "open_clip_config.json", {"preprocess_cfg": said})
+    square = {"height": 48, "width": 48}
+    expected = {"image_mean": mean, "image_std": std, "size": {"shortest_edge": 48}, "crop_size": square}
+    assert image_options(folder, 32) == expected
+    folder = write_preparation(tmp_path / "none", "open_clip_config.json", {"model_cfg": {}})
+    assert image_options(folder, 48) == {"size": {"shortest_edge": 48}, "crop_size": square}
+    for place, (key, value) in enumerate(
+        [("interpolation", "bilinear"), ("resize_mode", "squash"), ("mode", "L"), ("size", [48, 40])]
+    ):
+        folder = write_preparation(
+            tmp_path / str(place), "open_clip_config.json", {"preprocess_cfg": {**said, key: value}}
+        )
+        with pytest.raises(ConversionError, match=rf"preprocess_cfg\.{key}"):
+            image_options(folder, 32)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_pictures_are_prepared_as_a_transformers_folder_says(name, tmp_path):
+    said = {"size": {"shortest_edge": 40}, "crop_size": {"height": 36, "width": 36}, "resample": 2}
+    said |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_center_crop": False}
+    stored = {**said, "image_processor_type": "CLIPImageProcessor"}
+    content = {"image_processor": stored} if name.startswith("processor") else stored
+    assert image_options(write_preparation(tmp_path / "all", name, content), 32) == said
+    old = write_preparation(tmp_path / "old", name, {"size": 40, "image_mean": None})
+    assert image_options(old, 32) == {"size": 40}
+    none = write_preparation(tmp_path / "none", name, {})
+    assert image_options(none, 32)["crop_size"] == {"height": 32, "width": 32}
+
+
+def test_the_preparation_travels_both_ways(tmp_path):
+    size = len(json.loads((GOLDEN / "clip" / "tokenizer_small" / "vocab.json").read_text("utf-8")))
+    torch.save(with_vocabulary(size), tmp_path / "checkpoint.pt")
+    ours = str(tmp_path / "ours")
+    from_clip.main(["--checkpoint", str(tmp_path / "checkpoint.pt"), "--vocabulary", str(MERGES), "--output", ours])
+    processor = AutoProcessor.from_pretrained(ours)
+    processor.image_processor.image_mean, processor.image_processor.resample = (0.5, 0.4, 0.3), 2
+    processor.save_pretrained(ours)
+    to_original.main([ours, "--output", str(tmp_path / "theirs"), "--layout", "transformers"])
+    from_clip.main(["--checkpoint", str(tmp_path / "theirs"), "--output", str(tmp_path / "again")])
+    again = AutoProcessor.from_pretrained(tmp_path / "again").image_processor
+    assert list(again.image_mean) == [0.5, 0.4, 0.3] and again.resample == 2
+    assert again.size.shortest_edge == 64 and again.crop_size.height == 64

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoProcessor,
+    BertForMaskedLM,
     BertModel,
     BertTokenizer,
     TimmWrapperModel,
@@ -77,6 +78,21 @@ def test_towers_may_be_given_as_models():
     model = VlpClipModel.from_towers(vision, text, projection_dim=24)
     assert same(model.text_model, text) and same(model.vision_model, vision)
     assert model.config.projection_dim == 24
+
+
+def test_towers_whose_weights_are_others(timm_folder, bert_folder):
+    vision = VlpClipVisionModel(vision_config())
+    with pytest.raises(ValueError, match=r"BertForMaskedLM given as text_model.*lacks embeddings\..*besides bert\."):
+        VlpClipModel.from_towers(vision, BertForMaskedLM.from_pretrained(bert_folder))
+    # a pooler that is wanted must be there, though the attribute alone is
+    bare = BertModel.from_pretrained(bert_folder, add_pooling_layer=False)
+    assert bare.pooler is None
+    with pytest.raises(ValueError, match="lacks pooler.dense.weight"):
+        VlpClipModel.from_towers(vision, bare, foreign_text_pooling="pooler")
+    assert same(VlpClipModel.from_towers(vision, bare).text_model, bare)
+    bare.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="lacks nothing and has besides extra.weight, extra.bias"):
+        VlpClipModel.from_towers(vision, bare)
 
 
 def test_a_tower_with_a_pooler_and_its_pooling(bert_folder, timm_folder):

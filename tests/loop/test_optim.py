@@ -1,10 +1,26 @@
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from hf_vlp.training.optim import adamw, freeze, parameter_groups, rate_factor, scaled_rate, schedule, training_mode
+from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining
+from hf_vlp.training.optim import (
+    adamw,
+    freeze,
+    optimizer_of,
+    parameter_groups,
+    rate_factor,
+    scaled_rate,
+    schedule,
+    training_mode,
+)
+from hf_vlp.training.recipe import load_recipe
+from tests.contract.rows import pair_config, resnet_config
 from tests.loop.toy import ToyTwoTower
+
+RECIPES = Path(__file__).parents[2] / "examples" / "configs"
 
 
 class Tower(nn.Module):
@@ -83,6 +99,23 @@ def test_a_frozen_batch_norm_keeps_its_statistics():
         model.norm(torch.randn(4, 8))
         assert (not torch.equal(model.norm.running_mean, before)) == moves
         assert model.vision_model.training
+
+
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
+@pytest.mark.parametrize("name", ["clip_finetune", "clip_finetune_emoji"])
+def test_fine_tuning_recipes_freeze_what_either_tower_has(name, tower):
+    recipe = load_recipe(RECIPES / f"{name}.yaml", ["--data.train", "given.parquet"])
+    model = VlpClipForPreTraining((pair_config(vision=resnet_config) if tower == "resnet" else pair_config())())
+    optimizer_of(model, recipe.optimizer, recipe.training.batch_size)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    norms = {
+        f"{name}.{kind}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for kind in ("weight", "bias")
+    }
+    assert frozen == {"clip.logit_scale.weight"} | norms
+    assert bool(norms) == (tower == "resnet")
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "polynomial"])

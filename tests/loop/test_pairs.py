@@ -12,6 +12,7 @@ from PIL import Image
 from hf_vlp.data.collate import PairCollator
 from hf_vlp.data.pairs import ImageTextPairs, caption_with_keywords, draw_caption, first_caption
 from hf_vlp.data.record import RecordError, identity
+from hf_vlp.data.samplers import UniqueImageBatchSampler
 
 
 def prepare(picture):
@@ -140,6 +141,23 @@ def test_bad_records_are_skipped_and_counted_once(cache):
     assert (report["rows"], report["skipped"], report["fraction_kept"]) == (6, 2, 4 / 6)
     assert any("record 2" in fault for fault in report["first_faults"])
     assert ImageTextPairs(rows(), prepare, on_bad_record="skip").report()["skipped"] == 0
+
+
+def test_a_stand_in_that_repeats_a_picture_carries_its_identity():
+    records = rows(12)
+    for row in range(0, 12, 3):
+        records[row]["image"] = b"no picture"
+    repeats = {}
+    for cache in (False, True):
+        pairs = ImageTextPairs(records, prepare, cache=cache, on_bad_record="skip", progress=False)
+        repeats[cache] = 0
+        for indices in UniqueImageBatchSampler(pairs.image_ids, 6):
+            items = [pairs[index] for index in indices]
+            shown, identities = ([int(item["image"][0, 0, 0]) for item in items], [i["image_id"] for i in items])
+            assert identities == [identity(f"id{picture}") for picture in shown]
+            assert [item["text"].split()[0] for item in items] == [str(picture) for picture in shown]
+            repeats[cache] += len(shown) - len(set(shown))
+    assert repeats[True] == 0 < repeats[False]
 
 
 def test_nothing_usable_is_an_error():

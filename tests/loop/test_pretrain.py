@@ -67,6 +67,8 @@ def test_a_run_from_data_to_a_folder_that_loads(pretrain):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     results = json.loads((folder / "results.json").read_text())
     assert [(entry["split"], entry["counts"]["images"]) for entry in results] == [("validation", 12), ("test", 12)]
+    assert all(entry["protocol"].endswith(", float32, torchvision pictures") for entry in results)
+    assert {entry["command"] for entry in results} == {"python examples/pretrain.py --config squares.yaml"}
     # the lines it printed do load the model
     from transformers import AutoModel, AutoProcessor
 
@@ -103,6 +105,43 @@ def test_a_saved_model_is_fine_tuned_with_its_own_processor(pretrain):
     assert moved and not [name for name in moved if "vision_model" in name]
 
 
+def test_settings_of_a_saved_processor_are_honoured_or_refused(pretrain):
+    pretrain("--steps", "1")
+    finetune = yaml.safe_load(Path("squares.yaml").read_text())
+    finetune |= {"model": {"from_pretrained": "runs/squares"}, "processor": {"max_length": 12, "text_cleaning": "none"}}
+    finetune["training"]["steps"] = 1
+    Path("again.yaml").write_text(yaml.safe_dump(finetune))
+    pretrain("--config", "again.yaml")
+    from transformers import AutoProcessor
+
+    first, again = (AutoProcessor.from_pretrained(f"runs/{name}") for name in ("squares", "again"))
+    assert (first.tokenizer.model_max_length, first.text_cleaning) == (16, "clip")
+    assert (again.tokenizer.model_max_length, again.text_cleaning) == (12, "none")
+    with pytest.warns(UserWarning, match="more than 12 tokens"):
+        assert again(text="a red square " * 5)["input_ids"].shape == (1, 12)
+    for words in (["--vocabulary_size", "600"], ["--tokenizer", "runs/squares"]):
+        with pytest.raises(SystemExit, match=f"processor.{words[0][2:]} = .* saved in runs/squares has its own"):
+            pretrain("--config", "again.yaml", "--output", "elsewhere", *words)
+    # and unknown fields of a saved model are named like those of a new one
+    for words, message in (
+        (["--model.config.text_config.hidden_sice", "8"], "text_config.hidden_sice: .*the nearest is 'hidden_size'"),
+        (["--model.config.projection", "8"], "model.config.projection: .*the nearest is 'projection_dim'"),
+        (["--model.config.to_dict", "8"], "model.config.to_dict: VlpClipConfig has no such field"),
+        (["--model.config.vision_config.model_type", "bert"], "vision_config.model_type = 'bert': the saved model has"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            pretrain("--config", "again.yaml", "--output", "elsewhere", *words)
+    assert not Path("elsewhere").exists()
+
+
+def test_captions_of_another_vocabulary_do_not_go_on(pretrain):
+    pretrain("--steps", "3")
+    lines = Path("squares.jsonl").read_text().replace(" square", " circle and a triangle")
+    Path("squares.jsonl").write_text(lines)
+    with pytest.raises(SystemExit, match="step-00000003 was trained with another vocabulary"):
+        pretrain("--resume", "auto")
+
+
 def test_a_dry_run_writes_nothing(pretrain):
     before = set(Path().iterdir())
     shown = pretrain("--dry-run")
@@ -115,6 +154,14 @@ def test_a_dry_run_writes_nothing(pretrain):
     [
         (["--training.batchsize", "8"], "unknown recipe key 'training.batchsize'.*'training.batch_size'"),
         (["--model.model_type", "vlp_clap"], "model.model_type = 'vlp_clap' is unknown; the nearest is 'vlp_clip'"),
+        (["--model.config.projecton_dim", "8"], "projecton_dim.*'projection_dim'"),
+        (["--model.config.embedding_width", "8"], "model.config.embedding_width: VlpClipConfig has no such field"),
+        (["--model.config.text_config.layers", "2"], "config.text_config.layers: .*no such field; the nearest is"),
+        (
+            ["--model.config.text_config", "{model_type: bert, hidden_size: 16, num_attention_heads: 2, n_layers: 1}"],
+            "model.config.text_config.n_layers: BertConfig has no such field",
+        ),
+        (["--model.config.vision_config.hidden_size", "wide"], "model.config: .*hidden_size"),
         (["--data.columns", "{captions: captoin}"], "captoin.*caption"),
         (["--config", "absent.yaml"], "there is no recipe absent.yaml"),
     ],

@@ -194,6 +194,14 @@ def test_karpathy_split_file(tmp_path):
     assert len(read_karpathy(path, tmp_path, "train", restval=False)) == 1
     test = read_karpathy(path, tmp_path, "test", captions_per_image=5)
     assert list(test["captions"]) == [list("defgh")] and list(test["image_id"]) == ["2"]
+    read = read_records(path, split="test")
+    assert read[0]["captions"] == list("defghi") and read[0]["image"].getpixel((0, 0)) == (2, 0, 0)
+    assert list(read_records(path, split="train", image_root=tmp_path)["image_id"]) == ["900", "901"]
+    assert [row["image_id"] for row in read_records(path, split="train", streaming=True)] == ["900", "901"]
+    with pytest.raises(ValueError, match="no split None.*'test': 1.*Choose one"):
+        read_records(path)
+    (tmp_path / "plain.json").write_text('{"image": "val2014/0.png", "caption": "images and sentences"}\n')
+    assert list(read_records(tmp_path / "plain.json")["captions"]) == [["images and sentences"]]
     with pytest.raises(ValueError, match="no split 'dev'.*restval"):
         read_karpathy(path, tmp_path, "dev")
     with pytest.raises(RecordError, match="record 0.*2 captions, 5 asked"):

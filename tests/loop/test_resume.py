@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from hf_vlp.files import files_into
+from hf_vlp.inputs.vocabulary import fingerprint, train_clip_tokenizer
 from hf_vlp.training.loop import train
 from hf_vlp.training.report import RunLog, read_metrics
 from hf_vlp.training.state import Checkpoints, Progress, StateError, refuse_taken_folder
@@ -100,6 +101,72 @@ def test_an_older_checkpoint_by_its_path(accelerator, tmp_path):
     assert second.stream.progress.step == 3
     second.to(14)
     assert all(torch.equal(value, weights(second)[name]) for name, value in weights(unbroken).items())
+
+
+def test_what_lay_behind_an_older_checkpoint_is_left(accelerator, tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+
+    def names():
+        return sorted(path.name for path in folder.iterdir())
+
+    first = Run(accelerator, tmp_path)
+    for steps, score in ((2, 5.0), (4, 7.0), (6, 9.0), (8, 8.0)):
+        first.to(steps)
+        first.checkpoints.save({"validation/rsum": score})
+    assert first.checkpoints.best().name == "step-00000006"
+    # a second life that starts behind everything moves nothing
+    Run(accelerator, tmp_path).checkpoints.resume()
+    before = names()
+    assert not [name for name in before if name.startswith("left-")] and "left behind" not in capsys.readouterr().out
+
+    second = Run(accelerator, tmp_path)
+    second.checkpoints.keep = 2
+    second.checkpoints.resume(folder / "step-00000004")
+    assert second.checkpoints.last().name == "step-00000004"
+    assert [name for name in names() if name.startswith("left-")] == ["left-step-00000006", "left-step-00000008"]
+    assert "left behind, to be deleted by you" in (shown := capsys.readouterr().out) and "left-step-00000008" in shown
+    # the best is the best of what remains
+    assert json.loads((folder / "best.json").read_text()) == {
+        "checkpoint": "step-00000004", "metric": "validation/rsum", "value": 7.0,
+    }  # fmt: skip
+    second.to(5)
+    assert second.checkpoints.save({"validation/rsum": 8.0}).is_dir()
+    assert second.checkpoints.best().name == "step-00000005"
+    second.to(7)
+    # the two newest, where the second is the best as well; the old 6 and 8 count no more
+    assert [path.name for path in second.checkpoints.all()] == ["step-00000005", "step-00000006", "step-00000007"]
+
+
+def test_without_an_evaluated_checkpoint_there_is_no_best(accelerator, tmp_path):
+    run = Run(accelerator, tmp_path).to(3)
+    run.to(5).checkpoints.save({"validation/rsum": 1.0})
+    assert run.checkpoints.best().name == "step-00000005"
+    run.checkpoints.resume(tmp_path / "checkpoints" / "step-00000003")
+    assert run.checkpoints.best() is None and not (tmp_path / "checkpoints" / "best.json").exists()
+    assert run.checkpoints.improves({"validation/rsum": 0.5})
+
+
+def test_the_main_process_alone_says_what_is_best(accelerator, tmp_path, monkeypatch):
+    run = Run(accelerator, tmp_path)
+    run.checkpoints.save({"validation/rsum": 1.0})
+    asked = []
+    monkeypatch.setattr("hf_vlp.training.state.broadcast_object_list", lambda answer: asked.append(answer) or [True])
+    assert run.checkpoints.improves({"validation/rsum": 0.5})  # what the broadcast says, not the file
+    assert asked == [[False]]
+
+
+def test_weights_of_another_vocabulary_are_refused(accelerator, tmp_path):
+    first, again = (train_clip_tokenizer([text] * 9, 520, 8) for text in ("a red square", "seven green circles"))
+    same = train_clip_tokenizer(["a red square"] * 9, 520, 16)
+    assert fingerprint(first) == fingerprint(same) != fingerprint(again)
+    assert len(first) == len(again)
+    run = Run(accelerator, tmp_path)
+    run.checkpoints.vocabulary = fingerprint(first)
+    run.to(2)
+    run.checkpoints.resume()
+    run.checkpoints.vocabulary = fingerprint(again)
+    with pytest.raises(StateError, match="step-00000002 was trained with another vocabulary"):
+        run.checkpoints.resume()
 
 
 def test_random_states_of_python_and_numpy_come_back(accelerator, tmp_path):

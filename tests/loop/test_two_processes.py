@@ -27,7 +27,10 @@ def runs(tmp_path_factory):
     return {count: launch(count, folder / f"{count}.safetensors") for count in (1, 2)}
 
 
-@pytest.mark.parametrize("step", ["plain", "cached", "accumulated"])
+CLIP = [f"clip-{objective}-{step}" for objective in ("softmax", "sigmoid") for step in ("plain", "cached")]
+
+
+@pytest.mark.parametrize("step", ["plain", "cached", "accumulated", *CLIP])
 def test_two_processes_equal_one_with_the_whole_batch(runs, step):
     names = [name for name in runs[1] if name.startswith(f"{step}.")]
     assert len(names) > 10
@@ -44,6 +47,22 @@ def test_the_comparison_can_fail(runs):
     assert (one["visual_projection.weight"] - other["visual_projection.weight"]).abs().max() > 1e-3
     for step in ("plain", "cached"):
         assert runs[1][f"{step}.loss0"] != runs[1][f"{step}.loss3"]
+    for step in CLIP:
+        assert runs[1][f"{step}.loss0"] != runs[1][f"{step}.loss1"]
+    one, other = (
+        runs[2][f"clip-{objective}-plain.clip.visual_projection.weight"] for objective in ("softmax", "sigmoid")
+    )
+    assert (one - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("step", ["plain", "cached"])
+def test_processes_evaluate_with_the_same_batch_statistics(runs, step):
+    trained, evaluated = (runs[2][f"statistics.{step}.{when}"] for when in ("trained", "evaluated"))
+    assert evaluated.shape == (2, 8) and torch.equal(evaluated[0], evaluated[1])
+    assert torch.equal(evaluated[0], trained[0])  # those of the first process, which are saved
+    # the plain step's forward shares them before it adds to them
+    assert torch.equal(trained[0], trained[1]) == (step == "cached")
+    assert not torch.equal(runs[1][f"statistics.{step}.evaluated"][0], evaluated[0])
 
 
 def test_gathered_rows_and_their_gradient(runs):

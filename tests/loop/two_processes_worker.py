@@ -1,4 +1,4 @@
-"""Two steps of the toy model on however many processes it is launched; rank 0 writes losses and weights."""
+"""Steps of the toy and of a tiny CLIP on however many processes it is launched; rank 0 writes losses and weights."""
 
 import sys
 
@@ -7,9 +7,49 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from hf_vlp.distributed import gather_with_gradient, gather_without_gradient, rank, world_size
+from hf_vlp.evaluation.encoding import evaluating
+from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining
+from hf_vlp.training.optim import training_mode
 from hf_vlp.training.state import Checkpoints, Progress, StateError
 from hf_vlp.training.steps import choose_step
+from tests.contract.rows import pair_config
 from tests.loop.toy import ToyTwoTower, parts, stream
+
+
+def clip_steps(accelerator: Accelerator, objective: str, chunk: int | None) -> dict[str, torch.Tensor]:
+    """Losses and weights of two steps; images 1 and 2 come twice, on different ranks of two."""
+    torch.manual_seed(0)
+    model = VlpClipForPreTraining(pair_config(contrastive_loss=objective)())
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.train()
+    draw, size, found = torch.Generator().manual_seed(1), 6 // world_size(), {}
+    mine = slice(rank() * size, (rank() + 1) * size)
+    for number in range(2):
+        ids = torch.randint(3, 30, (6, 8), generator=draw)
+        ids[:, -1] = 39
+        whole = {"input_ids": ids, "pixel_values": torch.randn(6, 3, 32, 32, generator=draw)}
+        whole["image_ids"] = torch.tensor([1, 2, 3, 1, 5, 2])
+        losses = choose_step(chunk, 1)(accelerator, model, [{key: value[mine] for key, value in whole.items()}])
+        found[f"loss{number}"] = accelerator.reduce(losses["loss"], reduction="mean").reshape(1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return found | {name: value.clone() for name, value in accelerator.unwrap_model(model).state_dict().items()}
+
+
+def statistics(accelerator: Accelerator, chunk: int | None) -> dict[str, torch.Tensor]:
+    """[N, 8] the running means of all processes after three steps, and then in an evaluation."""
+    model, optimizer, _ = parts(accelerator, ToyTwoTower(batch_norm=True))
+    training_mode(model)
+    drawn, step = iter(stream(accelerator, Progress())), choose_step(chunk, 1)
+    for _ in range(3):
+        step(accelerator, model, [next(drawn)])
+        optimizer.step()
+        optimizer.zero_grad()
+    mean = accelerator.unwrap_model(model).norm.running_mean
+    found = {"trained": gather_without_gradient(mean[None]).clone()}
+    with evaluating(model, accelerator):
+        found["evaluated"] = gather_without_gradient(mean[None]).clone()
+    return found
 
 
 def main(output: str) -> None:
@@ -27,6 +67,12 @@ def main(output: str) -> None:
             scheduler.step()
         inner = accelerator.unwrap_model(model)
         found |= {f"{name}.{key}": value.clone() for key, value in inner.state_dict().items()}
+
+    for name, chunk in (("plain", None), ("cached", 2)):
+        for objective in ("softmax", "sigmoid"):
+            steps = clip_steps(accelerator, objective, chunk)
+            found |= {f"clip-{objective}-{name}.{key}": value for key, value in steps.items()}
+        found |= {f"statistics.{name}.{key}": value for key, value in statistics(accelerator, chunk).items()}
 
     # the gather by itself: row i of process r weighs (r + 1) in the sum that every process takes
     rows = torch.full((2, 3), float(rank() + 1), requires_grad=True)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
+from hf_vlp.layers.blocks import FeedForward
 from hf_vlp.layers.patch_embedding import PatchEmbedding, resize_position_table
 from hf_vlp.layers.pooling import first_token_index, gather_rows, largest_id_index, masked_mean
 from hf_vlp.layers.resnet import Bottleneck, ModifiedResNet
@@ -58,6 +58,20 @@ def test_patches_equal_the_matrix_product():
     patch = image[:, :, 4:8, 8:12].reshape(2, -1)
     assert torch.allclose(layer(image)[:, :, 1, 2], patch @ layer.weight.reshape(5, -1).T + layer.bias, atol=1e-5)
     assert layer(image).shape == (2, 5, 2, 3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_patches_equal_the_convolution_forward_and_backward(bias):
+    layer, image = PatchEmbedding(3, 5, 4, bias=bias), torch.randn(2, 3, 9, 14, requires_grad=True)
+    weight = torch.randn(2, 5, 2, 3)
+    convolved = nn.functional.conv2d(image, layer.weight, layer.bias, stride=4)
+    leaves = [image, *layer.parameters()]
+    assert torch.allclose(layer(image), convolved, atol=1e-5)
+    ours = torch.autograd.grad((layer(image) * weight).sum(), leaves)
+    theirs = torch.autograd.grad((convolved * weight).sum(), leaves)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+    other = nn.functional.conv2d(image, layer.weight.flip(-1), layer.bias, stride=4)
+    assert not torch.allclose(layer(image), other, atol=1e-3)
 
 
 def test_pixels_behind_the_last_whole_patch_are_not_seen():
@@ -146,6 +160,11 @@ def test_the_input_is_not_changed():
 
 
 def test_quick_gelu():
-    x = torch.linspace(-5, 5, 21)
-    assert torch.allclose(ACT2FN["quick_gelu"](x), x / (1 + torch.exp(-1.702 * x)), atol=1e-6)
-    assert not torch.allclose(ACT2FN["quick_gelu"](x), nn.functional.gelu(x), atol=1e-3)
+    activation = FeedForward(4, 8, "quick_gelu").activation
+    x = torch.cat([torch.linspace(-5, 5, 21), torch.tensor([-1e4, 0.0, 1e4])]).double().requires_grad_()
+    expected = x * torch.sigmoid(1.702 * x)
+    assert torch.allclose(activation(x), expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(y.sum(), x)[0] for y in (activation(x), expected))
+    assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(FeedForward(4, 8, "gelu").activation(x), expected, atol=1e-3)
+    assert not torch.allclose(nn.functional.silu(x), expected, atol=1e-3)

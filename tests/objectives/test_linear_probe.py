@@ -34,11 +34,34 @@ def test_the_stored_solution():
     assert (other.weight.float() - outputs["coef"]).abs().max() > 0.1
 
 
+# what scikit-learn 1.9.1 gives: classes, C, intercepts, first three coefficients of the first row
+SKLEARN = [
+    (2, 100.0, [-6.57946], [-1.00640, -0.13183, -2.78286]),
+    (3, 30.0, [2.68580, -2.93058, 0.24478], [0.86290, -0.82033, 1.46178]),
+    (4, 10.0, [4.88218, -3.59326, 0.50259, -1.79152], [1.64865, -0.96231, 1.72323]),
+]
+
+
+@pytest.mark.parametrize(("classes", "C", "intercepts", "coefficients"), SKLEARN)
+def test_stops_where_scikit_learn_stops(classes, C, intercepts, coefficients):
+    inputs = load_file(GOLDEN / "inputs.safetensors")
+    kept = inputs["train_labels"] < classes
+    train = inputs["train_features"][kept], inputs["train_labels"][kept]
+
+    def difference(**options) -> float:
+        probe = fit_linear_probe(*train, C=C, **options)
+        found = torch.cat([probe.bias, probe.weight[0, :3]])
+        return float((found - torch.tensor(intercepts + coefficients)).abs().max())
+
+    assert difference() < 5e-3
+    assert difference(tolerance=1e-7) > 1e-2  # the optimum itself is somewhere else
+
+
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_the_gradient_of_the_documented_objective_vanishes(classes):
     features, labels = blobs(classes)
     C = 0.7
-    probe = fit_linear_probe(features, labels, C=C)
+    probe = fit_linear_probe(features, labels, C=C, tolerance=1e-6)
     assert probe.weight.shape == (1 if classes == 2 else classes, 6)
     weight, bias = probe.weight.clone().requires_grad_(), probe.bias.clone().requires_grad_()
     logits = features.double() @ weight.T + bias

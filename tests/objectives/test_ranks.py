@@ -215,6 +215,29 @@ def test_retrieval_encodes_each_image_once_and_counts():
     assert wrong.metrics["text_to_image/R@1"] == wrong.metrics["image_to_text/R@1"] == 0.0
 
 
+@pytest.mark.parametrize("missing", [None, float("nan"), ""])
+def test_a_picture_without_identity_is_no_other_picture(missing):
+    rows = records()
+    rows[3] = rows[3] | {"image_id": missing}
+    rows[7] = rows[7] | {"image_id": missing}
+    with pytest.raises(ValueError, match="record 3 has no image_id"):
+        RetrievalSet(rows)
+    plain = [{key: value for key, value in row.items() if key != "image_id"} for row in rows]
+    assert len(RetrievalSet(plain)) == 20  # no such column: every row is a picture
+
+
+def test_the_first_captions_of_each_image():
+    pairs = RetrievalSet(records(), captions_per_image=2)
+    assert pairs.captions == [text for i in range(10) for text in (f"it is {i}", f"{i}")]
+    assert len(RetrievalSet(records(), captions_per_image=3).captions) == len(RetrievalSet(records()).captions) == 30
+    report = evaluate_retrieval(Model(), Processor(), pairs, progress=False)
+    assert report.counts["captions"] == 20 and "the first 2 captions of each image" in report.protocol
+    with pytest.raises(ValueError, match="record 0 has 3 captions, 4 are asked for"):
+        RetrievalSet(records(), captions_per_image=4)
+    with pytest.raises(ValueError, match="must be positive"):
+        RetrievalSet(records(), captions_per_image=0)
+
+
 def test_kept_pictures_and_prompts():
     kept = RetrievalSet(records(), Processor())
     kept.records = None  # nothing is read again

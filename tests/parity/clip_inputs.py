@@ -26,7 +26,8 @@ PUBLISHED_SIZE = 49408
 def tokenizer(case: Case) -> None:
     """cases.json: each `text` to ids, tokens, the text they stand for, and rows of the context length."""
     cases = case.json("cases.json")
-    longest = case.config.get("context_length", 77)
+    rows = (entry.get("truncated") for entry in cases)
+    longest = case.config.get("context_length") or next((len(row) for row in rows if row), 77)
     with tempfile.TemporaryDirectory() as folder:
         ours = clip_tokenizer_from_merges(merge_table(case, Path(folder)), max_length=longest)
     facts = {"vocab_size": len(ours), "sot": ours.bos_token_id, "eot": ours.eos_token_id}
@@ -94,7 +95,10 @@ def token_values(processor: VlpClipProcessor, text: str, longest: int) -> dict[s
 
 
 def image_preprocess(case: Case) -> None:
-    """cases.json: each `file` to pixels of `n_px` x `n_px`; `rgb.N` [H, W, 3] stands in for a file that is left out."""
+    """cases.json: each `file` to pixels of `n_px` x `n_px`; `rgb.N` [H, W, 3] stands in for a file that is left out.
+
+    Without either, the entry fails if its pixels are stored, and is listed if they are not.
+    """
     names = {"mean": "image_mean", "std": "image_std"}
     options = {ours: case.config[name] for name, ours in names.items() if name in case.config}
     for number, entry in enumerate(case.json("cases.json")):
@@ -114,7 +118,11 @@ def image_preprocess(case: Case) -> None:
             case.listed(prefix + "mode", "an input, the file being left out")
             case.compare({prefix + "size_wh": list(image.size)})
         else:
-            raise CaseError(f"{case.folder} has no {entry['file']}")
+            for name in [name for name in ("mode", "size_wh") if name in entry]:
+                case.listed(prefix + name, f"the folder has no {entry['file']}")
+            if f"pixels.{number}" in case.stored:
+                case.settle(f"pixels.{number}", False, note=f"the folder has no {entry['file']}")
+            continue
         size = entry["n_px"]
         processor = VlpClipImageProcessorPil(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **options

@@ -26,7 +26,7 @@ def contrastive_loss(case: Case) -> None:
 
     With the scale as given and limited, and on several ranks.
     """
-    initial = case.config.get("logit_scale", math.log(1 / 0.07))
+    initial = case.config.get("logit_scale", 2.6593)  # ln(1 / 0.07), rounded as the stored cases are
     limit = case.config.get("max_logit_scale", math.log(100))
     scales = {"given": LogitScale(initial, None), "clamped": LogitScale(initial, limit)}
     scales["clamped"].clamp_()

@@ -184,9 +184,11 @@ def gradients(model: VlpClipForPreTraining, case: Case, checkpoint: Checkpoint, 
 def statistics_after_forward(
     model: VlpClipForPreTraining, case: Case, checkpoint: Checkpoint
 ) -> dict[str, torch.Tensor]:
-    """The original's buffers after one forward of a model in train mode."""
+    """The original's buffers after one forward of a model in train mode; all belong to the image tower."""
+    if "image" not in case.inputs:
+        return {}
     with torch.no_grad():
-        model(input_ids=case.inputs["text"], pixel_values=case.inputs["image"])
+        model.clip.vision_model(case.inputs["image"])
     state = {name.removeprefix("clip."): tensor for name, tensor in model.state_dict().items()}
     return {AFTER_TRAIN + name: tensor for name, tensor in revert(state, checkpoint.table).items()}
 
@@ -257,7 +259,7 @@ def config_from_fields(fields: dict) -> VlpClipConfig:
             hidden_size=fields["transformer_width"],
             intermediate_size=4 * fields["transformer_width"],
             num_hidden_layers=fields["transformer_layers"],
-            num_attention_heads=fields["transformer_heads"],
+            num_attention_heads=fields.get("transformer_heads") or max(1, fields["transformer_width"] // 64),
             max_position_embeddings=fields["context_length"],
             bos_token_id=fields["vocab_size"] - 2,
             eos_token_id=fields["vocab_size"] - 1,

@@ -290,8 +290,41 @@ def test_the_merge_table_as_plain_text(copy):
 def test_pixels_without_the_image_files(copy):
     folder = copy("image_preprocess", without=("image_0_*", "image_3_*"))
     assert failures("image_preprocess", folder) == []
-    (folder / "image_5_P_41x50.png").unlink()  # a palette image cannot be had from its colours
-    assert "pixels.5" in failures("image_preprocess", folder)
+    # a palette image, or one with transparency, cannot be had from its colours; the other entries still run
+    (folder / "image_4_RGBA_60x40.png").unlink()
+    assert failures("image_preprocess", folder) == ["pixels.4"]
+    change_tensors(folder / "outputs.safetensors", lambda outputs: outputs.pop("pixels.4"))
+    case = run("clip", "image_preprocess", folder)
+    lines = {line.name: line.verdict for line in case.lines}
+    assert case.passed and lines["cases.json: 4: mode"] == "listed" and lines["pixels.5"] == "ok"
+
+
+@pytest.mark.parametrize("kind", ["tokenizer_small", "tokenizer_full", "contrastive_loss"])
+def test_sizes_and_scale_without_their_configuration(copy, kind):
+    assert failures(kind, copy(kind, without=("config.json",))) == []
+
+
+def test_statistics_of_pictures_alone(copy):
+    folder = copy("resnet", without=("grads.json",))
+    change_tensors(folder / "inputs.safetensors", lambda inputs: inputs.pop("text"))
+
+    def keep(outputs):
+        for name in [name for name in outputs if not name.startswith("after_train_forward.")]:
+            outputs.pop(name)
+
+    change_tensors(folder / "outputs.safetensors", keep)
+    assert failures("resnet", folder) == []
+    name = "after_train_forward.visual.bn1.running_mean"
+    change_tensors(folder / "outputs.safetensors", lambda outputs: outputs[name].add_(1))
+    assert failures("resnet", folder) == [name]
+
+
+def test_heads_that_follow_from_the_width(copy):
+    folder = copy("init_vit")
+    change_json(folder / "config.json", lambda config: config.pop("transformer_heads"))
+    assert failures("init_vit", folder) == []
+    change_json(folder / "config.json", lambda config: config.pop("transformer_width"))
+    assert "the procedure" in failures("init_vit", folder)
 
 
 @pytest.mark.parametrize(

@@ -155,12 +155,12 @@ class VlpClipConfig(OwnArchitectureOnly, PreTrainedConfig):
 
     text_config: a `VlpClipTextConfig`, any transformers text configuration, or a name ("FacebookAI/xlm-roberta-base", a folder).
     vision_config: a `VlpClipVisionConfig`, a `VlpClipResNetConfig`, any transformers image configuration, or a name ("timm/resnet50").
-    projection_dim: width E of the joint space. logit_scale_init_value: t at the start, ln(1/0.07); logit_scale_max: its
-    limit, ln(100), None for none. contrastive_loss: "softmax" (the paper) or "sigmoid" (SigLIP; then set the scale to ln(10)
-    as that paper does); logit_bias_init_value: bias of the sigmoid loss. contrastive_targets: "identity" uses `image_ids`
-    where a batch has them, "plain" never (the paper). negatives: "global" gathers over processes, "local" does not.
-    foreign_text_pooling: of a text tower that is not CLIP's: "mean", "first" or "pooler". classifier_input: what an image classifier
-    reads, "raw" embeddings (linear probe) or "unit" ones (zero-shot head).
+    projection_dim: width E of the joint space. logit_scale_init_value: t at the start, ln(1/0.07); logit_scale_max: its limit, None
+    for none; "auto" becomes ln(100), and None with the sigmoid loss, whose paper has no limit. contrastive_loss: "softmax" (the
+    paper) or "sigmoid" (SigLIP; then start the scale at ln(10) as that paper does); logit_bias_init_value: bias of the sigmoid loss.
+    contrastive_targets: "identity" uses `image_ids` where a batch has them, "plain" never (the paper). negatives: "global" gathers
+    over processes, "local" does not. foreign_text_pooling: of a text tower that is not CLIP's: "mean", "first" or "pooler".
+    classifier_input: what an image classifier reads, "raw" embeddings (linear probe) or "unit" ones (zero-shot head).
     """
 
     model_type = "vlp_clip"
@@ -173,7 +173,7 @@ class VlpClipConfig(OwnArchitectureOnly, PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | str | None = None
     projection_dim: int = 512
     logit_scale_init_value: float | int = math.log(1 / 0.07)
-    logit_scale_max: float | int | None = math.log(100)
+    logit_scale_max: float | int | str | None = "auto"
     contrastive_loss: str = "softmax"
     logit_bias_init_value: float | int = -10.0
     contrastive_targets: str = "identity"
@@ -188,10 +188,14 @@ class VlpClipConfig(OwnArchitectureOnly, PreTrainedConfig):
             tower: Any = getattr(self, key)
             if isinstance(tower, str):
                 setattr(self, key, tower_by_name(tower))
+        if self.logit_scale_max == "auto":
+            self.logit_scale_max = None if self.contrastive_loss == "sigmoid" else math.log(100)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         _positive(self, "projection_dim")
+        if isinstance(self.logit_scale_max, str):
+            raise ValueError(f'logit_scale_max must be a number, None or "auto", got {self.logit_scale_max!r}')
         for name, allowed in (
             ("contrastive_loss", ("softmax", "sigmoid")),
             ("contrastive_targets", ("identity", "plain")),

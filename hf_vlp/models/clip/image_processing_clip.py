@@ -25,9 +25,12 @@ class VlpClipImageProcessorKwargs(ImagesKwargs, total=False):
 
     background: colour (red, green, blue from 0 to 255) put under transparent pictures. None: their alpha is dropped, as in the original,
         and whatever the file hides there is seen.
+    high_byte: take the high byte of 16-bit pictures. False: what is above 255 is cut off, as in the original, which leaves most of
+        them white.
     """
 
     background: list[int] | tuple[int, ...] | None
+    high_byte: bool
 
 
 class _ClipOptions:
@@ -46,6 +49,7 @@ class _ClipOptions:
     do_normalize = True
     do_convert_rgb = True
     background = None
+    high_byte = False
 
     def __init__(self, **kwargs):
         super().__init__(**_with_crop(kwargs))
@@ -59,13 +63,17 @@ class _ClipOptions:
             kwargs: any option of the processor for this call; a `size` without a `crop_size` sets both.
 
         Raises:
-            ValueError: no picture, one without pixels or with too many, another dtype or shape, a file that does not decode.
+            ValueError: no picture, one without pixels or with too many, another dtype or shape, a file that does not decode, a mode
+                without a way to RGB, another number of channels than means and deviations.
         """
         return super().preprocess(images, *args, **_with_crop(kwargs))
 
     def fetch_images(self, images: Any) -> Any:
         """Paths become PIL images in their own mode; web addresses go the way of transformers; pictures stay as they are."""
         if isinstance(images, (list, tuple)):
+            for position, image in enumerate(images):
+                if image is None:
+                    raise ValueError(f"picture {position} is None: leave it out, and its caption with it")
             return [self.fetch_images(image) for image in images]
         if (
             isinstance(images, Path)
@@ -115,29 +123,27 @@ class VlpClipImageProcessor(_ClipOptions, TorchvisionBackend):
     """The fast backend, also for pictures that are tensors already, on their device or on `device`.
 
     Same sizes and crops as the exact one; antialiased bicubic resizing of 8-bit numbers differs by a grey level here and there.
-    Pictures whose mode a tensor cannot hold (palette, 1 bit, alpha, 16 bits, CMYK) take the exact way.
+    Pictures of other modes than RGB and L (palette, 1 bit, alpha, 16 bits, CMYK, ...) take the exact way.
     """
 
-    def process_image(self, image: Any, input_data_format: Any = None, device: Any = None, **options) -> torch.Tensor:
-        """Any accepted picture -> uint8 [C, h, w], C of 1 or 3, not yet resized unless it took the exact way."""
+    def process_image(
+        self, image: Any, input_data_format: Any = None, device: Any = None, **options
+    ) -> torch.Tensor | Image.Image:
+        """Any accepted picture -> uint8 [C, h, w], or a PIL image of a mode that takes the exact way."""
         if isinstance(image, Image.Image):
             transforms.check_size(*image.size)
-            image = transforms.on_background(image, options.get("background"))
-            pixels = transforms.to_tensor(image if image.mode in ("RGB", "L") else _cut(image, **options))
+            image = _plain(image, **options)
+            if image.mode not in ("RGB", "L"):
+                return image
+            pixels = transforms.to_tensor(image)
         else:
             pixels = transforms.channels_to_front(image, _channels_first(input_data_format))
             pixels = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
-            if len(pixels) == 4:
-                exact = _cut(
-                    transforms.on_background(_picture(pixels, ChannelDimension.FIRST), options.get("background")),
-                    **options,
-                )
-                pixels = transforms.to_tensor(exact).to(pixels.device)
         return pixels if device is None else pixels.to(device)
 
     def _preprocess(
         self,
-        images: list[torch.Tensor],
+        images: list[torch.Tensor | Image.Image],
         do_resize: bool,
         size: SizeDict,
         resample: Any,
@@ -146,9 +152,19 @@ class VlpClipImageProcessor(_ClipOptions, TorchvisionBackend):
         do_convert_rgb: bool,
         disable_grouping: bool | None = None,
         return_tensors: str | None = None,
+        device: Any = None,
         **options,
     ) -> BatchFeature:
-        groups, places = group_images_by_shape(images, disable_grouping=disable_grouping)
+        wanted = {
+            "do_resize": do_resize,
+            "size": size,
+            "resample": resample,
+            "do_center_crop": do_center_crop,
+            "crop_size": crop_size,
+            "do_convert_rgb": do_convert_rgb,
+        }
+        fast = [image for image in images if _is_fast(image)]
+        groups, places = group_images_by_shape(fast, disable_grouping=disable_grouping) if fast else ({}, {})
         for shape, group in groups.items():  # uint8 [b, C, h, w]
             if do_resize:
                 width, height = transforms.resized_size(group.shape[-1], group.shape[-2], _target(size))
@@ -159,7 +175,15 @@ class VlpClipImageProcessor(_ClipOptions, TorchvisionBackend):
                 left = transforms.crop_offset(group.shape[-1], crop_size.width)
                 group = tv.crop(group, top, left, crop_size.height, crop_size.width)
             groups[shape] = group.expand(-1, 3, -1, -1) if do_convert_rgb else group
-        pixels = reorder_images(groups, places)
+        fast = iter(reorder_images(groups, places))
+        pixels = [
+            next(fast)
+            if _is_fast(image)
+            else transforms.to_tensor(_cut(_picture(image, ChannelDimension.FIRST), **wanted, **options)).to(
+                device or getattr(image, "device", None)
+            )
+            for image in images
+        ]
         if len({tuple(image.shape) for image in pixels}) == 1:
             pixels = _finished(torch.stack(pixels), **options)
         else:
@@ -203,6 +227,17 @@ def _picture(image: Any, input_data_format: Any) -> Image.Image:
     )
 
 
+def _is_fast(image: torch.Tensor | Image.Image) -> bool:
+    """Whether torchvision resizes it as Pillow would; transparent pixels it does not weigh."""
+    return isinstance(image, torch.Tensor) and len(image) != 4
+
+
+def _plain(picture: Image.Image, background: Any = None, high_byte: bool = False, **options) -> Image.Image:
+    """The picture as the options beside the original's want it before anything else."""
+    transforms.check_size(*picture.size)
+    return transforms.on_background(transforms.eight_bits(picture) if high_byte else picture, background)
+
+
 def _cut(
     picture: Image.Image,
     do_resize: bool,
@@ -211,12 +246,10 @@ def _cut(
     do_center_crop: bool,
     crop_size: SizeDict,
     do_convert_rgb: bool,
-    background: Any = None,
     **options,
 ) -> Image.Image:
     """Resized and cropped by Pillow, then converted to RGB."""
-    transforms.check_size(*picture.size)
-    picture = transforms.on_background(picture, background)
+    picture = _plain(picture, **options)
     if do_resize:
         picture = transforms.resize_picture(picture, _target(size), resample)
     if do_center_crop:
@@ -233,7 +266,17 @@ def _finished(
     image_std: Any,
     **options,
 ) -> torch.Tensor:
-    """uint8 [..., 3, H, W] -> float32, rescaled and normalised as asked."""
+    """uint8 [..., 3, H, W] -> float32, rescaled and normalised as asked.
+
+    Raises:
+        ValueError: neither one nor as many means and deviations as channels.
+    """
+    channels = pixels.shape[-3]
+    if do_normalize and not {np.size(image_mean), np.size(image_std)} <= {1, channels}:
+        raise ValueError(
+            f"a picture of {channels} channel(s) cannot be normalised by {np.size(image_mean)} means and {np.size(image_std)} "
+            "deviations: leave do_convert_rgb on, or give image_mean and image_std for its channels"
+        )
     if do_rescale and do_normalize and rescale_factor == 1 / 255:
         return transforms.normalised(pixels, image_mean, image_std)
     pixels = pixels.to(torch.float32) * (rescale_factor if do_rescale else 1.0)

@@ -36,7 +36,7 @@ from hf_vlp.layers.encoder import Encoder
 from hf_vlp.layers.initialization import InitializesEveryModule, multihead_default_, torch_default_
 from hf_vlp.layers.logit_scale import LogitScale
 from hf_vlp.layers.patch_embedding import PatchEmbedding, resize_position_table
-from hf_vlp.layers.pooling import first_token_index, gather_rows, largest_id_index, masked_mean
+from hf_vlp.layers.pooling import first_token_index, gather_rows, largest_id_index, masked_mean, refuse_padding_before
 from hf_vlp.layers.resnet import OUTPUT_STRIDE, AttentionPool, Bottleneck, ModifiedResNet
 from hf_vlp.models.clip.configuration_clip import (
     VlpClipConfig,
@@ -47,6 +47,23 @@ from hf_vlp.models.clip.configuration_clip import (
 from hf_vlp.objectives.contrastive import contrastive_loss
 from hf_vlp.objectives.sigmoid import sigmoid_loss
 from hf_vlp.outputs import DualEncoderOutput, PreTrainingOutput
+
+
+def transformer(config: VlpClipTextConfig | VlpClipVisionConfig, is_causal: bool = False) -> Encoder:
+    """The blocks of a text or vision transformer."""
+    return Encoder(
+        Block(
+            config,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            hidden_act=config.hidden_act,
+            norm_eps=config.layer_norm_eps,
+            dropout=config.attention_dropout,
+            is_causal=is_causal,
+        )
+        for _ in range(config.num_hidden_layers)
+    )
 
 
 class VlpClipTextEmbeddings(nn.Module):
@@ -150,19 +167,7 @@ class VlpClipTextModel(VlpClipTower):
     def __init__(self, config: VlpClipTextConfig):
         super().__init__(config)
         self.embeddings = VlpClipTextEmbeddings(config)
-        self.encoder = Encoder(
-            Block(
-                config,
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_attention_heads,
-                hidden_act=config.hidden_act,
-                norm_eps=config.layer_norm_eps,
-                dropout=config.attention_dropout,
-                is_causal=True,
-            )
-            for _ in range(config.num_hidden_layers)
-        )
+        self.encoder = transformer(config, is_causal=True)
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -207,11 +212,19 @@ class VlpClipTextModel(VlpClipTower):
         self.embeddings.position_embedding = nn.Parameter(new)
         self.config.max_position_embeddings = new_num_position_embeddings
 
-    def end_of_text(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Position of the pooled token in each row of `input_ids` [B, L] -> [B]; see `pooling` in the configuration."""
+    def end_of_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Position of the pooled token in each row of `input_ids` [B, L] -> [B]; see `pooling` in the configuration.
+
+        Raises:
+            ValueError: a row without end-of-text; on the CPU also one that `attention_mask` [B, L] says is padded on the left.
+        """
         if self.config.pooling == "largest_id":
-            return largest_id_index(input_ids)
-        return first_token_index(input_ids, self.config.eos_token_id)
+            end = largest_id_index(input_ids)
+        else:
+            end = first_token_index(input_ids, self.config.eos_token_id)
+        if attention_mask is not None:
+            refuse_padding_before(end, attention_mask)
+        return end
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -224,21 +237,25 @@ class VlpClipTextModel(VlpClipTower):
     ) -> BaseModelOutputWithPooling:
         """Every token state and the pooled one.
 
-        `input_ids` [B, L] end with end-of-text and are padded on the right; `attention_mask` [B, L] is accepted and not needed,
-        because causal attention never looks at what comes later. `inputs_embeds` [B, L, D] replace the token embeddings; `input_ids`
-        may then be given too, to find the end of text, else the last position is pooled.
+        `input_ids` [B, L] end with end-of-text and are padded on the right. `attention_mask` [B, L] is not needed, because causal
+        attention never looks at what comes later; on the CPU it is searched for padding on the left, which is an error.
+        `inputs_embeds` [B, L, D] replace the token embeddings; `input_ids` may then be given too, to find the end of text, else the
+        last position is pooled.
 
         Returns `last_hidden_state` [B, L, D] after the final norm and `pooler_output` [B, D], its row at the end of text.
         """
         hidden_states = self.embeddings(None if inputs_embeds is not None else input_ids, inputs_embeds)
         mask = create_causal_mask(self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None)
         hidden_states = self.final_norm(self.encoder(hidden_states, mask, **kwargs))
-        pooled = hidden_states[:, -1] if input_ids is None else gather_rows(hidden_states, self.end_of_text(input_ids))
+        if input_ids is None:
+            pooled = hidden_states[:, -1]
+        else:
+            pooled = gather_rows(hidden_states, self.end_of_text(input_ids, attention_mask))
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
     def pooled_output(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`forward(...).pooler_output` [B, D], with the last block computed for the pooled row alone."""
-        end = self.end_of_text(input_ids)
+        end = self.end_of_text(input_ids, attention_mask)
         hidden_states = self.embeddings(input_ids)
         mask = create_causal_mask(self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None)
         seen = torch.arange(input_ids.shape[1], device=end.device)[None, :] <= end[:, None]  # [B, L]
@@ -285,18 +302,7 @@ class VlpClipVisionModel(VlpClipImageTower):
         super().__init__(config)
         self.embeddings = VlpClipVisionEmbeddings(config)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = Encoder(
-            Block(
-                config,
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_attention_heads,
-                hidden_act=config.hidden_act,
-                norm_eps=config.layer_norm_eps,
-                dropout=config.attention_dropout,
-            )
-            for _ in range(config.num_hidden_layers)
-        )
+        self.encoder = transformer(config)
         self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -440,6 +446,9 @@ class VlpClipModel(VlpClipPreTrainedModel):
         """A pair from two pretrained towers: folders, Hub ids or models; only the projections and the scale are new.
 
         `config`: further fields of `VlpClipConfig`. Freeze a tower with `requires_grad_(False)` or by a recipe's pattern.
+
+        Raises:
+            ValueError: a tower's weights are not those of its configuration's model; a pooling layer left unused is allowed.
         """
         towers = {
             name: AutoModel.from_pretrained(tower) if isinstance(tower, str) else tower
@@ -447,7 +456,14 @@ class VlpClipModel(VlpClipPreTrainedModel):
         }
         model = cls(VlpClipConfig(vision_config=towers["vision_model"].config, text_config=towers["text_model"].config, **config))
         for name, tower in towers.items():
-            getattr(model, name).load_state_dict(tower.state_dict(), strict=not hasattr(tower, "pooler"))
+            missing, unexpected = getattr(model, name).load_state_dict(tower.state_dict(), strict=False)
+            unexpected = [key for key in unexpected if not key.startswith("pooler.")]
+            if missing or unexpected:
+                raise ValueError(
+                    f"the {type(tower).__name__} given as {name} does not fill a {type(getattr(model, name)).__name__}: it lacks "
+                    f"{', '.join(missing[:5]) or 'nothing'} and has besides {', '.join(unexpected[:5]) or 'nothing'}; "
+                    "give the bare encoder, as AutoModel loads it"
+                )
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -487,7 +503,7 @@ class VlpClipModel(VlpClipPreTrainedModel):
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`input_ids` [B, L] -> raw embeddings [B, E], not normalised (the original's `encode_text`)."""
         if isinstance(self.text_model, VlpClipTextModel):
-            return self.text_projection(self.text_model.pooled_output(input_ids))
+            return self.text_projection(self.text_model.pooled_output(input_ids, attention_mask))
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
         return self.text_projection(self.pool_text(outputs, attention_mask))
 
@@ -542,7 +558,12 @@ def require_pairs(**sides: torch.Tensor | None) -> None:
 
 
 def unit_rows(embeds: torch.Tensor) -> torch.Tensor:
-    """Rows divided by their L2 norm, [B, E]."""
+    """Rows divided by their L2 norm, [B, E]; under autocast in float32, because lengths of half precision are off by 0.4 %."""
+    device = embeds.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            embeds = embeds.float()
+            return embeds / embeds.norm(dim=-1, keepdim=True)
     return embeds / embeds.norm(dim=-1, keepdim=True)
 
 

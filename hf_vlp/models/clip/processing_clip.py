@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from hf_vlp.inputs.text_cleaning import clean_clip_text
 
 CLEANINGS = ("clip", "none")
+SHORTEST = 3  # start, one token, end
 
 
 class VlpClipProcessorKwargs(ProcessingKwargs, total=False):
@@ -68,13 +69,16 @@ class VlpClipProcessor(ProcessorMixin):
             tokenizer's `model_max_length`. A foreign tokenizer's `token_type_ids` are left out unless asked for.
 
         Raises:
-            ValueError: neither pictures nor captions, no captions in the list, padding on the left or to a limit that neither call
-                nor tokenizer has, a caption that is too long and may not be cut, and what the image processor refuses.
+            ValueError: neither pictures nor captions, no captions in the list, a `max_length` below 3, padding on the left or to a
+                limit that neither call nor tokenizer has, a caption that is too long and may not be cut, and what the image
+                processor refuses.
             TypeError: a caption that is no string.
         """
         if images is None and text is None:
             raise ValueError("the processor was given neither images nor text: give images=, text= or both")
-        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        # a tokenizer is saved with the limit of its last call, which is no setting: `model_max_length` is
+        settings = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "max_length"}
+        options = self._merge_kwargs(tokenizer_init_kwargs=settings, **kwargs)
         batch = {}
         if text is not None:
             batch.update(self._encode(text, options["text_kwargs"]))
@@ -100,7 +104,12 @@ class VlpClipProcessor(ProcessorMixin):
             texts = [clean_clip_text(one) for one in texts]
         _check_padding_side(options.get("padding_side") or self.tokenizer.padding_side)
 
-        longest = options.pop("max_length", None) or self.tokenizer.model_max_length
+        longest = options.pop("max_length", None)
+        longest = self.tokenizer.model_max_length if longest is None else longest
+        if longest < SHORTEST:
+            raise ValueError(
+                f"max_length={longest} leaves no room for a word between start and end of text: give {SHORTEST} or more"
+            )
         bounded = longest < VERY_LARGE_INTEGER
         to_longest = options.get("padding") == "max_length"
         if to_longest and not bounded:
