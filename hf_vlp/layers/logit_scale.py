@@ -1,4 +1,4 @@
-"""The learned scale of contrastive logits: initial value, limit and clamp in one place."""
+"""The learned scale of contrastive logits (initial value, limit and clamp in one place) and the bias of the sigmoid loss."""
 
 import math
 
@@ -43,3 +43,18 @@ class LogitScale(nn.Module):
         """Overwrite t with min(t, limit): to be called after every optimizer step."""
         if self.limit is not None:
             self.weight.clamp_(max=self.limit)
+
+
+class LogitBias(nn.Module):
+    """The learned bias of the sigmoid loss, a float32 scalar (SigLIP, section 3.2: -10 at the start, as most pairs do not match)."""
+
+    def __init__(self, initial: float):
+        super().__init__()
+        self.initial = initial
+        self.weight = nn.Parameter(torch.tensor(float(initial)))
+
+    def reset_parameters(self) -> None:
+        init.constant_(self.weight, self.initial)
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.float()

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_vlp.auto import OWN_AUTO_CLASSES, TABLE
-from hf_vlp.models.clip.modeling_clip import unit_rows
+from hf_vlp.layers.pooling import unit_rows
 from tests.contract.rows import END, ROWS, VOCABULARY, Row
 
 EQUAL = 1e-6  # the same weights in other memory: some kernels choose their order of summation by alignment

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_vlp.evaluation.linear_probe import fit_linear_probe
 from hf_vlp.layers.logit_scale import LogitScale
-from hf_vlp.models.clip.modeling_clip import unit_rows
+from hf_vlp.layers.pooling import unit_rows
 from hf_vlp.objectives import contrastive
 from tests.parity.clip_rank import one_rank
 from tests.parity.harness import Case, at_least

@@ -34,9 +34,16 @@ from hf_vlp.layers.attention import Attention
 from hf_vlp.layers.blocks import Block
 from hf_vlp.layers.encoder import Encoder
 from hf_vlp.layers.initialization import InitializesEveryModule, multihead_default_, torch_default_
-from hf_vlp.layers.logit_scale import LogitScale
+from hf_vlp.layers.logit_scale import LogitBias, LogitScale
 from hf_vlp.layers.patch_embedding import PatchEmbedding, resize_position_table
-from hf_vlp.layers.pooling import first_token_index, gather_rows, largest_id_index, masked_mean, refuse_padding_before
+from hf_vlp.layers.pooling import (
+    first_token_index,
+    gather_rows,
+    largest_id_index,
+    masked_mean,
+    refuse_padding_before,
+    unit_rows,
+)
 from hf_vlp.layers.resnet import OUTPUT_STRIDE, AttentionPool, Bottleneck, ModifiedResNet
 from hf_vlp.models.clip.configuration_clip import (
     VlpClipConfig,
@@ -129,7 +136,7 @@ class VlpClipPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         """Classifier heads as transformers does; the towers and the pair have their own rules below."""
         super()._init_weights(module)
-        if isinstance(module, LogitScale):
+        if isinstance(module, (LogitScale, LogitBias)):
             module.reset_parameters()
 
 
@@ -557,28 +564,6 @@ def require_pairs(**sides: torch.Tensor | None) -> None:
         raise ValueError(f"row i of the texts belongs to row i of the images, got {counts}: give the same number of each")
 
 
-def unit_rows(embeds: torch.Tensor) -> torch.Tensor:
-    """Rows divided by their L2 norm, [B, E]; under autocast in float32, because lengths of half precision are off by 0.4 %."""
-    device = embeds.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            embeds = embeds.float()
-            return embeds / embeds.norm(dim=-1, keepdim=True)
-    return embeds / embeds.norm(dim=-1, keepdim=True)
-
-
-class LogitBias(nn.Module):
-    """The learned bias of the sigmoid loss, a scalar."""
-
-    def __init__(self, initial: float):
-        super().__init__()
-        self.initial = initial
-        self.weight = nn.Parameter(torch.tensor(float(initial)))
-
-    def forward(self) -> torch.Tensor:
-        return self.weight.float()
-
-
 class VlpClipForPreTraining(VlpClipPreTrainedModel):
     """Contrastive pre-training (section 2.3, figure 3).
 
@@ -591,12 +576,6 @@ class VlpClipForPreTraining(VlpClipPreTrainedModel):
         if config.contrastive_loss == "sigmoid":
             self.logit_bias = LogitBias(config.logit_bias_init_value)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, LogitBias):
-            init.constant_(module.weight, module.initial)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """See `VlpClipModel.get_image_features`."""

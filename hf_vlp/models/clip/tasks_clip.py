@@ -8,12 +8,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from hf_vlp.layers.pooling import unit_rows
 from hf_vlp.models.clip.configuration_clip import VlpClipConfig
 from hf_vlp.models.clip.modeling_clip import (
     VlpClipModel,
     VlpClipPreTrainedModel,
     build_image_side,
-    unit_rows,
 )
 
 
