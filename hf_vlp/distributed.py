@@ -6,7 +6,7 @@ processes what each wants from a row, DistributedDataParallel then takes the MEA
 gradients, so N processes with B pairs each take the very step of one process with N * B pairs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -77,14 +77,7 @@ def share_buffers(module: torch.nn.Module) -> None:
     """
     if world_size() == 1:
         return
-    buffers = list(module.buffers())
-    for dtype in {buffer.dtype: None for buffer in buffers}:
-        same = [buffer for buffer in buffers if buffer.dtype == dtype]
-        flat = torch.cat([buffer.detach().reshape(-1) for buffer in same])
-        dist.broadcast(flat, src=0)
-        with torch.no_grad():
-            for buffer, part in zip(same, flat.split([b.numel() for b in same]), strict=True):
-                buffer.copy_(part.view(buffer.shape))
+    _exchange(list(module.buffers()), lambda flat: dist.broadcast(flat, src=0))
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -94,10 +87,20 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """
     if world_size() == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for dtype in {gradient.dtype: None for gradient in gradients}:
-        same = [gradient for gradient in gradients if gradient.dtype == dtype]
-        flat = torch.cat([gradient.reshape(-1) for gradient in same])
+
+    def mean(flat: torch.Tensor) -> None:
         dist.all_reduce(flat, op=dist.ReduceOp.SUM)
-        for gradient, part in zip(same, (flat / world_size()).split([g.numel() for g in same]), strict=True):
-            gradient.copy_(part.view(gradient.shape))
+        flat.div_(world_size())
+
+    _exchange([parameter.grad for parameter in parameters if parameter.grad is not None], mean)
+
+
+@torch.no_grad()
+def _exchange(tensors: list[torch.Tensor], operation: Callable[[torch.Tensor], None]) -> None:
+    """Applies an operation among processes in place, once for all tensors of a dtype instead of once a tensor."""
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
+        operation(flat)
+        for tensor, part in zip(same, flat.split([one.numel() for one in same]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
