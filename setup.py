@@ -8,6 +8,7 @@ regions = ["lmdb>=1.4", "h5py>=3.10", "msgpack>=1.0"]
 bigru = ["nltk>=3.8"]
 demo = ["gradio>=4"]
 test = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "import-linter>=2.1", "open_clip_torch>=2.26", "peft>=0.14"]
+test += regions + bigru  # the optional readers are tested too
 
 setup(
     name="hf_vlp",

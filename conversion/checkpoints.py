@@ -95,16 +95,31 @@ def read_checkpoint(path, sha256: str | None = None) -> dict[str, torch.Tensor]:
         UnsafeCheckpointError: the file asks for code.
     """
     path = Path(path)
+    if not path.is_dir():
+        return strip_prefixes(find_state_dict(read_content(path, sha256), path))
+    if sha256:
+        raise CheckpointError(path, "a SHA-256 was given but this is a folder", "name the weight file itself")
+    return _read_folder(path)
+
+
+def read_content(path, sha256: str | None = None):
+    """All that a weight file holds: tensors on the CPU, numbers, texts, plain containers and `argparse.Namespace`s.
+
+    Args:
+        path: a file. sha256: as for `read_checkpoint`.
+
+    Raises:
+        CheckpointError: missing, a folder, empty, truncated, not a weight file, or another hash.
+        UnsafeCheckpointError: the file asks for code.
+    """
+    path = Path(path)
     if path.is_dir():
-        if sha256:
-            raise CheckpointError(path, "a SHA-256 was given but this is a folder", "name the weight file itself")
-        return _read_folder(path)
+        raise CheckpointError(path, "this is a folder", "name the weight file itself")
     if not path.exists():
         raise CheckpointError(path, "no such file or folder", "check the path")
     if sha256:
         check_sha256(path, sha256)
-    content = _read_file(path)
-    return strip_prefixes(find_state_dict(content, path))
+    return _read_file(path)
 
 
 def check_sha256(path: Path, expected: str) -> None:
@@ -295,10 +310,26 @@ def save_state_dict(state: dict[str, torch.Tensor], output, overwrite: bool = Fa
         FileExistsError: `output` exists and `overwrite` is false.
     """
     output = Path(output)
-    if output.exists() and (not overwrite or output.is_dir()):
-        raise FileExistsError(f"{output} exists; give another --output, or --overwrite a file")
+    _refuse_existing(output, overwrite)
     with whole_file(output) as partial:
         if output.suffix == ".safetensors":
             safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
         else:
             torch.save(dict(state), partial)
+
+
+def save_content(content: dict, output, overwrite: bool = False) -> None:
+    """Write what a training script would have saved, whole or not at all, in the layout that every version of torch reads.
+
+    Raises:
+        FileExistsError: `output` exists and `overwrite` is false.
+    """
+    output = Path(output)
+    _refuse_existing(output, overwrite)
+    with whole_file(output) as partial:
+        torch.save(content, partial, _use_new_zipfile_serialization=False)
+
+
+def _refuse_existing(output: Path, overwrite: bool) -> None:
+    if output.exists() and (not overwrite or output.is_dir()):
+        raise FileExistsError(f"{output} exists; give another --output, or --overwrite a file")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, CLIPConfig, CLIPTokenizer
+from transformers import CLIPConfig, CLIPTokenizer
 
-from conversion.checkpoints import CheckpointError, read_checkpoint
+from conversion.checkpoints import read_checkpoint
 from conversion.clip_layouts import (
     SIZES,
     clip_table,
@@ -26,13 +26,10 @@ from conversion.clip_layouts import (
     round_to_half,
 )
 from conversion.preprocessing import image_options
+from conversion.saving import command_line, fill, refuse_no_numbers, run_or_exit, save
 from conversion.tables import ConversionError, convert, forward_names, revert
-from hf_vlp.export.hub import push_to_hub, write_card
-from hf_vlp.files import whole_folder
 from hf_vlp.models.clip.configuration_clip import VlpClipConfig, VlpClipResNetConfig
 from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining, VlpClipModel
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def expected_state(config: VlpClipConfig) -> dict[str, torch.Tensor]:
@@ -75,18 +72,6 @@ def refuse_other_sizes(state: dict[str, torch.Tensor], config: VlpClipConfig) ->
             stated, told = state[name].item(), getattr(getattr(config, tower), field)
             if stated != told:
                 raise ConversionError(f"{name} says {stated}, the shapes of the weights {told}: parts of two models?")
-
-
-def refuse_no_numbers(name: str, tensor: torch.Tensor) -> None:
-    """Raises ConversionError for a weight that is quantised, complex or not finite; of meta tensors only the type is seen."""
-    if tensor.dtype not in FLOATS:
-        raise ConversionError(
-            f"{name} is {tensor.dtype}, not one of {', '.join(map(str, FLOATS))}: take the weights before quantisation"
-        )
-    if not tensor.is_meta and not tensor.isfinite().all():
-        raise ConversionError(
-            f"{name} holds infinities or NaN: the training diverged or a half-precision export overflowed; take another checkpoint"
-        )
 
 
 def read(
@@ -156,16 +141,7 @@ def build_model(
         state = {name: tensor for name, tensor in state.items() if name != "logit_bias.weight"}
     else:
         state = {name if name.startswith("logit_bias.") else f"clip.{name}": tensor for name, tensor in state.items()}
-    state = {
-        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-        for name, tensor in state.items()
-    }
-    model, info = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
-    if left := {key: names for key, names in info.items() if names}:
-        raise ConversionError(f"loading into {model_class.__name__} left over: {left}")
-    return model.eval()
+    return fill(model_class, config, state, dtype)
 
 
 def build_processor(config: VlpClipConfig, checkpoint: Path, vocabulary: Path | None):
@@ -222,23 +198,6 @@ def summary(model: VlpClipModel) -> str:
     )
 
 
-def check_saved(folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype) -> int:
-    """Load a saved folder by AutoModel and compare it with our state dict, bit by bit; gives the number of tensors.
-
-    Raises:
-        ConversionError: a tensor is missing or differs.
-    """
-    model = AutoModel.from_pretrained(folder, dtype=dtype)
-    saved = {name.removeprefix("clip."): tensor for name, tensor in model.state_dict().items()}
-    wanted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    wrong = [name for name in saved if name not in wanted or not torch.equal(wanted[name], saved[name])]
-    if wrong:
-        raise ConversionError(
-            f"the saved folder differs from the checkpoint in {len(wrong)} tensors: {', '.join(wrong[:5])}"
-        )
-    return len(saved)
-
-
 @torch.no_grad()
 def compare_outputs(model: VlpClipModel, folder: Path) -> dict[str, float]:
     """Largest differences of a forward to stored outputs of the original.
@@ -258,18 +217,11 @@ def compare_outputs(model: VlpClipModel, folder: Path) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; see the module docstring."""
-    parser = argparse.ArgumentParser("python -m conversion.from_clip", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="weight file, or a transformers or open_clip folder"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
-    parser.add_argument(
-        "--vocabulary", type=Path, help="bpe_simple_vocab_16e6.txt.gz; without it only the model is saved"
-    )
-    parser.add_argument("--sha256", help="expected hash of the weight file")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the saved weights"
+    parser = command_line(
+        "from_clip",
+        __doc__.split("\n")[0],
+        checkpoint="weight file, or a transformers or open_clip folder",
+        vocabulary="bpe_simple_vocab_16e6.txt.gz; without it only the model is saved",
     )
     parser.add_argument(
         "--round-to-half", action="store_true", help="round float32 weights as the original loader does"
@@ -284,20 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--vision-heads", type=int, help="open_clip files: heads of the image tower, if not width // 64"
     )
     parser.add_argument("--text-heads", type=int, help="open_clip files: heads of the text tower, if not width // 64")
-    parser.add_argument(
-        "--check",
-        nargs="?",
-        type=Path,
-        const=Path(),
-        metavar="FOLDER",
-        help="compare the saved folder with the checkpoint, and a forward with FOLDER's inputs and outputs.safetensors",
-    )
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this repository")
-    options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except (CheckpointError, ConversionError, FileExistsError) as error:
-        parser.exit(1, f"error: {error}\n")
+    run_or_exit(parser, run, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -316,25 +255,14 @@ def run(options: argparse.Namespace) -> None:
         config, state, dtype, VlpClipForPreTraining if config.contrastive_loss == "sigmoid" else VlpClipModel
     )
     processor = build_processor(config, options.checkpoint, options.vocabulary)
-    with whole_folder(options.output, options.overwrite) as folder:
-        model.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
-        write_card(folder, repo_id=options.push_to_hub or str(options.output))
-        if options.check is not None:
-            print(
-                f"check        {check_saved(folder, state, dtype)} tensors equal the checkpoint's, largest difference 0"
-            )
-    print(summary(model))
-    print(
-        f"saved        {options.output} in {options.dtype}"
-        + ("" if processor else ", without a processor: give --vocabulary")
+    save(
+        options,
+        model,
+        state,
+        processor,
+        summary(model),
+        lambda folder: compare_outputs(getattr(model, "clip", model), folder),
     )
-    if options.check is not None and options.check != Path():
-        for name, difference in compare_outputs(getattr(model, "clip", model), options.check).items():
-            print(f"forward      {name}: largest difference {difference:.2e}")
-    if options.push_to_hub:
-        print(f"uploaded     {push_to_hub(options.output, options.push_to_hub)}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
     python -m conversion.to_original clip-vit-b-32 --output ViT-B-32.pt --half
 
+    python -m conversion.to_original vse-coco-region --output model_best.pth
+
 Layouts of CLIP: `original`, a plain state dict for the released code, `clip.model.build_model(torch.load(FILE))` (its
 `clip.load` cannot read plain state dicts with recent torch, whatever wrote them); `open_clip`, the same without the entries
 that tell sizes; `transformers`, a folder for `CLIPModel`, with tokenizer and image processor if the folder has them.
+VSE-infinity has the layout `original` alone: the dictionary that its training script saves, in the file format that also the old
+torch reads which it is pinned to; of a CNN alone the file that it starts a grid model from.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -21,12 +26,24 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from conversion.checkpoints import CheckpointError, read_checkpoint, save_state_dict
+from conversion.checkpoints import CheckpointError, read_checkpoint, save_content, save_state_dict
 from conversion.clip_layouts import clip_table, config_to_transformers, half_layout, infer_config
 from conversion.preprocessing import SAME_FIELDS
 from conversion.tables import ConversionError, refuse_difference, refuse_shapes, revert
+from conversion.vse_layouts import (
+    BERT_WIDTH,
+    GRAPHS_OF_SOURCES,
+    to_backbone,
+    to_checkpoint,
+    untold_settings,
+    usual_source,
+    vse_table,
+)
 from hf_vlp.files import whole_folder
 from hf_vlp.models.clip.configuration_clip import VlpClipConfig
+from hf_vlp.models.vse.configuration_vse import VlpVseConfig, VlpVseGridConfig
+
+Config = VlpClipConfig | VlpVseConfig | VlpVseGridConfig
 
 # Settings that change no embedding: ids beside the pooled one, and what only training uses.
 WITHOUT_EFFECT = {
@@ -40,21 +57,52 @@ WITHOUT_EFFECT = {
 }
 
 
-def read_folder(folder) -> tuple[VlpClipConfig, dict[str, torch.Tensor]]:
-    """Configuration and state dict, under the names of `VlpClipModel`, of a folder that `save_pretrained` wrote.
+def read_folder(folder) -> tuple[Config, dict[str, torch.Tensor]]:
+    """Configuration and state dict, under the names of the class that AutoModel gives, of a folder that `save_pretrained` wrote.
 
     Raises:
-        CheckpointError, ConversionError: no weights, or not a CLIP of ours.
+        CheckpointError, ConversionError: no weights, or no model of an architecture that has a table.
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        raise ConversionError(
-            f"{folder} has no config.json: give a folder that save_pretrained or conversion.from_clip wrote"
-        )
+        raise ConversionError(f"{folder} has no config.json: give a folder that save_pretrained or a converter wrote")
     config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, VlpClipConfig):
-        raise ConversionError(f"{folder} holds a {config.model_type} model; this script knows vlp_clip")
-    return config, {name.removeprefix("clip."): tensor for name, tensor in read_checkpoint(folder).items()}
+    if not isinstance(config, Config):
+        known = ", ".join(known.model_type for known in (VlpClipConfig, VlpVseConfig, VlpVseGridConfig))
+        raise ConversionError(f"{folder} holds a {config.model_type} model; this script knows {known}")
+    # the names of a ForPreTraining stand behind the model's
+    prefix = {"vlp_clip": "clip.", "vlp_vse": "vse."}.get(config.model_type, "")
+    return config, {name.removeprefix(prefix): tensor for name, tensor in read_checkpoint(folder).items()}
+
+
+def channel_order(folder: Path) -> str | None:
+    """Of the folder's image processor; None without one."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).exists():
+            stored = json.loads((folder / name).read_text("utf-8"))
+            return stored.get("image_processor", stored).get("channel_order")
+    return None
+
+
+def save_vse(folder: Path, output: Path, config, state, backbone_source: str | None, overwrite: bool) -> list[str]:
+    """Write the checkpoint of a VSE-infinity of ours; returns what its reader has to be told.
+
+    Raises:
+        ConversionError: see `to_checkpoint`; or the released code, which knows bert-base alone, would compute something else.
+    """
+    if isinstance(config, VlpVseGridConfig):
+        save_content(to_backbone(config, state), output, overwrite)
+        return []
+    vse_table(config)  # refuses towers of other kinds
+    differences = untold_settings(config)
+    if differences and config.text_config.hidden_size == BERT_WIDTH:
+        raise ConversionError(
+            f"the released code would read another model from these weights: {'; '.join(differences)}"
+        )
+    if backbone_source is None and config.vision_config is not None:
+        backbone_source = usual_source(config.vision_config, channel_order(folder))
+    save_content(to_checkpoint(config, state, backbone_source), output, overwrite)
+    return differences
 
 
 def to_state_dict(
@@ -126,7 +174,10 @@ def to_transformers(
 
 def save_transformers(folder, output, half: bool = False, overwrite: bool = False) -> None:
     """Write a `CLIPModel` folder from one of ours, with its processor where ours has one. `half`: all weights in float16."""
-    config, state = to_transformers(*read_folder(folder))
+    config, state = read_folder(folder)
+    if not isinstance(config, VlpClipConfig):
+        raise ConversionError(f"{folder} holds a {config.model_type} model, which transformers has no class for")
+    config, state = to_transformers(config, state)
     dtype = torch.float16 if half else next(tensor.dtype for tensor in state.values() if tensor.ndim == 2)
     model = CLIPModel.from_pretrained(None, config=config, state_dict=dict(state), dtype=dtype)
     with whole_folder(output, overwrite) as partial:
@@ -146,21 +197,39 @@ def main(arguments: list[str] | None = None) -> None:
         "--output", type=Path, required=True, help="file to write (.pt or .safetensors); a folder for transformers"
     )
     parser.add_argument("--layout", choices=("original", "open_clip", "transformers"), default="original")
-    parser.add_argument("--half", action="store_true", help="half precision, as the published files have it")
+    parser.add_argument("--half", action="store_true", help="half precision, as CLIP's published files have it")
+    parser.add_argument(
+        "--backbone-source",
+        choices=GRAPHS_OF_SOURCES,
+        help="VSE-infinity on pixels: the option written; else told by CNN and processor",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     options = parser.parse_args(arguments)
     try:
-        if options.layout == "transformers":
-            save_transformers(options.folder, options.output, options.half, options.overwrite)
-        else:
-            config, state = read_folder(options.folder)
-            result = to_state_dict(config, state, options.layout, options.half)
-            save_state_dict(result, options.output, options.overwrite)
-            for difference in hidden_differences(config, result):
-                print(f"tell open_clip: {difference}")
+        told = run(options)
     except (CheckpointError, ConversionError, FileExistsError) as error:
         parser.exit(1, f"error: {error}\n")
+    for difference in told:
+        print(f"tell its reader: {difference}")
     print(f"saved {options.output} in the layout {options.layout}")
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    """Write as the parsed command line says; returns what the file does not tell its reader."""
+    folder, output = options.folder, options.output
+    if options.layout == "transformers":
+        save_transformers(folder, output, options.half, options.overwrite)
+        return []
+    config, state = read_folder(folder)
+    if not isinstance(config, VlpClipConfig):
+        if options.layout != "original" or options.half or output.suffix == ".safetensors":
+            raise ConversionError(
+                "VSE-infinity has one layout: a .pth file, in the precision of the folder; leave --layout and --half out"
+            )
+        return save_vse(folder, output, config, state, options.backbone_source, options.overwrite)
+    result = to_state_dict(config, state, options.layout, options.half)
+    save_state_dict(result, output, options.overwrite)
+    return hidden_differences(config, result)
 
 
 if __name__ == "__main__":

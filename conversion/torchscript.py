@@ -6,6 +6,7 @@ here the pickle goes through an unpickler that knows a short list of harmless na
 inert bag of attributes, and of the code only the lines that list parameter and buffer names are read, as text.
 """
 
+import argparse
 import collections
 import pickle
 import re
@@ -15,13 +16,7 @@ from pathlib import PurePosixPath
 
 import torch
 
-
-class UnsafeGlobalError(pickle.UnpicklingError):
-    """A pickle asks for a class or function outside the list of harmless ones. `name` is what it asked for."""
-
-    def __init__(self, name: str):
-        super().__init__(f"the pickle asks for {name}, which is neither a tensor nor a plain container")
-        self.name = name
+from hf_vlp.data.pickles import UnsafeGlobalError
 
 
 class ScriptObject:
@@ -94,10 +89,14 @@ class HarmlessUnpickler(pickle.Unpickler):
         self.byteorder = byteorder
         self.script_classes = {}
         self.storages = {}
+        # training scripts keep their command line beside the weights; a class of its own, as a pickle may alter what it is given
+        self.namespace = type("Namespace", (argparse.Namespace,), {})
 
     def find_class(self, module, name):
         if (module, name) in HARMLESS:
             return HARMLESS[module, name]
+        if (module, name) == ("argparse", "Namespace"):
+            return self.namespace
         if module == "__torch__" or module.startswith("__torch__."):
             qualified = f"{module}.{name}"
             if qualified not in self.script_classes:

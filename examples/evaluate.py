@@ -5,12 +5,18 @@
     python examples/evaluate.py FOLDER --task linear-probe --data test.parquet --columns label=group \
         --train train.parquet --validation validation.parquet
     python examples/evaluate.py FOLDER --task retrieval --data dataset_coco.json --image-root coco --split test \
-        --captions-per-image 5 --five-fold
+        --captions-per-image 5 --five-fold [--save-scores a.safetensors] [--ensemble b.safetensors c.safetensors]
+    python examples/evaluate.py FOLDER --task retrieval --data captions.jsonl --region-store test.regions
+    python examples/evaluate.py FOLDER --task retrieval --data coco_precomp --split testall --five-fold
+    python examples/evaluate.py FOLDER --task cxc --data dataset_coco.json --image-root coco --split test \
+        --annotations cxc_annots
     accelerate launch --num_processes N examples/evaluate.py ...    each process encodes its part
 
 FOLDER: a folder or Hub id that `AutoModel.from_pretrained` loads. DATA: a file, picture folder or Hub id of records;
-Karpathy's split files of COCO and Flickr30k (the last example: the published protocol) with --split and --image-root.
-Retrieval needs `image` and `captions`; the others `image` and `label` (a class index with names, or the name itself).
+Karpathy's split files of COCO and Flickr30k (the fourth example: the published protocol) with --split and --image-root.
+Retrieval and cxc need `image` and `captions`; the others `image` and `label` (a class index with names, or the name itself).
+A model that sees regions needs no `image` but `regions` or `image_id`, the keys of its region store; or a folder with the
+`<split>_caps.txt` and `<split>_ims.npy` of SCAN and VSE-infinity.
 """
 
 import argparse
@@ -23,11 +29,16 @@ from accelerate import Accelerator
 from transformers import AutoModel, AutoProcessor
 
 import hf_vlp  # noqa: F401 (registers the architectures)
+from hf_vlp.data.crisscrossed import read_crisscrossed
+from hf_vlp.data.pickles import read_npy
+from hf_vlp.data.precomputed import PrecomputedSplit
 from hf_vlp.data.readers import missing_column, parse_columns, read_records
-from hf_vlp.evaluation.encoding import encode_images, evaluating
+from hf_vlp.evaluation.crisscrossed import evaluate_crisscrossed
+from hf_vlp.evaluation.encoding import encode_images, evaluating, takes_regions
+from hf_vlp.evaluation.ensemble import SavedScores, check_fingerprint, mean_scores, write_scores
 from hf_vlp.evaluation.linear_probe import choose_c, fit_linear_probe
 from hf_vlp.evaluation.provenance import command, conditions, shortened
-from hf_vlp.evaluation.retrieval import RetrievalSet, evaluate_retrieval
+from hf_vlp.evaluation.retrieval import RetrievalSet, evaluate_retrieval, five_fold_scores, score_metrics
 from hf_vlp.evaluation.zero_shot import evaluate_zero_shot, fill_template
 from hf_vlp.files import write_text
 
@@ -37,15 +48,53 @@ def retrieval(options, model, processor, records, shared) -> dict:
     prompt = (lambda caption: fill_template(template, caption)) if template else None
     pairs = RetrievalSet(records, captions_per_image=options.captions_per_image)
     report = evaluate_retrieval(model, processor, pairs, prompt=prompt, **shared)
-    if options.accelerator.is_main_process:
+    is_main = options.accelerator.is_main_process
+    if is_main:
         print(report.table())
+    if options.save_scores and is_main:
+        written = write_scores(options.save_scores, report.scores(), report.text_ids, report.fingerprint())
+        print(f"scores written to {written}")
+    folds = report.five_fold_1k() if options.five_fold else {}
+    if options.ensemble:
+        members = [saved_scores(path, report.fingerprint()) for path in options.ensemble]
+        scores = mean_scores([report.scores(), *members])
+        ids = report.image_ids, report.text_ids
+        report.metrics = score_metrics(scores, *ids)
+        report.protocol += f", scores averaged with those of {', '.join(path.name for path in options.ensemble)}"
+        folds = five_fold_scores(scores, *ids) if options.five_fold else {}
+        if is_main:
+            print(f"\nthe mean of {1 + len(members)} models\n{report.table()}")
     result = report.to_dict()
     if template:
         result["protocol"] += f", prompt '{template}'"
-    if options.five_fold:
-        result["metrics"] |= {f"1K/{name}": value for name, value in report.five_fold_1k().items()}
+    if folds:
+        result["metrics"] |= {f"1K/{name}": value for name, value in folds.items()}
         options.accelerator.print(f"five-fold 1K: rsum {result['metrics']['1K/rsum']:.1f}")
     return result
+
+
+def saved_scores(path: Path, fingerprint: str):
+    """Scores [N, M] of --save-scores; or of a .npy file, which says nothing of its captions: an array, or {npts, sims}
+    as the original's evaluation saves them.
+    """
+    if path.suffix == ".npy":
+        content = read_npy(path)
+        scores = content.get("sims") if isinstance(content, dict) else content
+        if getattr(scores, "ndim", None) != 2:
+            raise SystemExit(f"{path} holds no scores [images, captions]")
+        return scores
+    saved = SavedScores(path)
+    check_fingerprint(saved, fingerprint, "--data")
+    return saved
+
+
+def crisscrossed(options, model, processor, records, shared) -> dict:
+    if options.annotations is None:
+        raise SystemExit("--task cxc needs --annotations, the folder of cxc_it.json and its four companions")
+    given = read_crisscrossed(options.annotations)
+    report = evaluate_crisscrossed(model, processor, records, given.captions_of, given.annotations, **shared)
+    options.accelerator.print(report.table())
+    return report.to_dict()
 
 
 def zero_shot(options, model, processor, records, shared) -> dict:
@@ -61,9 +110,9 @@ def zero_shot(options, model, processor, records, shared) -> dict:
 def linear_probe(options, model, processor, records, shared) -> dict:
     if options.train is None:
         raise SystemExit("--task linear-probe needs --train, the records that the probe is fitted on")
-    sets = {"train": read(options, options.train), "test": records}
+    sets = {"train": read(options, options.train, processor), "test": records}
     if options.validation:
-        sets["validation"] = read(options, options.validation)
+        sets["validation"] = read(options, options.validation, processor)
     names = sorted({str(label) for label in label_values(sets["train"])})
     features = {}
     with evaluating(model) as inner:
@@ -89,13 +138,30 @@ def linear_probe(options, model, processor, records, shared) -> dict:
     }
 
 
-TASKS = {"retrieval": retrieval, "zero-shot": zero_shot, "linear-probe": linear_probe}
+TASKS = {"retrieval": retrieval, "cxc": crisscrossed, "zero-shot": zero_shot, "linear-probe": linear_probe}
 
 
-def read(options, source):
-    needed = ("image", "captions") if options.task == "retrieval" else ("image", "label")
+def read(options, source, processor):
+    needed = ["captions" if options.task in ("retrieval", "cxc") else "label"]
+    if not takes_regions(processor):
+        needed.insert(0, "image")
+    elif any(Path(source).glob("*_ims.npy")):
+        return precomputed(options, source, processor)
     columns = parse_columns(options.columns)
     return read_records(source, split=options.split, columns=columns, image_root=options.image_root, required=needed)
+
+
+def precomputed(options, source, processor) -> list[dict]:
+    """Records of a folder of SCAN and VSE-infinity; with its own features, or with keys of --region-store."""
+    split = PrecomputedSplit(source, options.split or "test")
+    records = split.records()
+    if options.region_store is not None:
+        return records
+    processor.feature_extractor.region_store = None  # the folder's features count, not those of the training
+    caption_of = {}
+    for caption, image_id in enumerate(split.image_ids):
+        caption_of.setdefault(image_id, caption)
+    return [{**row, "regions": split.regions(caption_of[row["image_id"]])} for row in records]
 
 
 def lines_of(path: Path) -> list[str]:
@@ -159,6 +225,16 @@ def main() -> None:
     parser.add_argument("--prompt", help="retrieval: a text around each caption, e.g. 'a photo of {}'")
     parser.add_argument("--captions-per-image", type=int, help="retrieval: only the first so many (COCO: 5)")
     parser.add_argument("--five-fold", action="store_true", help="retrieval: the 1K protocol on 5,000 images, too")
+    parser.add_argument("--region-store", help="of a model that sees regions, in place of its processor's")
+    parser.add_argument(
+        "--save-scores", type=Path, metavar="FILE", help="retrieval: write all scores to a .safetensors file"
+    )
+    parser.add_argument(
+        "--ensemble", type=Path, nargs="+", metavar="FILE", help="retrieval: the mean with these models' saved scores"
+    )
+    parser.add_argument(
+        "--annotations", type=Path, help="cxc: folder of cxc_it.json, cxc_t2t.json, testall_ids.txt, ..."
+    )
     parser.add_argument("--templates", type=Path, help="zero-shot: a file of prompts, {} for the name, one a line")
     parser.add_argument(
         "--classes", type=Path, help="zero-shot: a file of class names, one class a line, names split by |"
@@ -172,8 +248,14 @@ def main() -> None:
     options.accelerator = accelerator = Accelerator()
     model = AutoModel.from_pretrained(options.model).to(accelerator.device)
     processor = AutoProcessor.from_pretrained(options.model)
+    if options.region_store is not None:
+        if not takes_regions(processor):
+            raise SystemExit(
+                f"--region-store {options.region_store}: the model {options.model} sees pictures, not regions"
+            )
+        processor.feature_extractor.region_store = options.region_store
     with accelerator.main_process_first():
-        records = read(options, options.data)
+        records = read(options, options.data, processor)
     shared = {
         "batch_size": options.batch_size,
         "device": accelerator.device,

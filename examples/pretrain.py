@@ -10,19 +10,16 @@ of `--output` (default runs/<recipe>), `--dry-run` prints size, memory and time 
 """
 
 import argparse
-import difflib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForPreTraining, AutoProcessor, AutoTokenizer, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoProcessor, AutoTokenizer
 
 from hf_vlp.auto import TABLE, resolve
 from hf_vlp.data.collate import PairCollator
@@ -32,11 +29,23 @@ from hf_vlp.data.record import RecordError
 from hf_vlp.data.samplers import UniqueImageBatchSampler
 from hf_vlp.export.hub import write_card
 from hf_vlp.files import files_into, write_text
+from hf_vlp.inputs.caption_augmentation import CaptionAugmentation
+from hf_vlp.inputs.grid_augmentation import GridDropping
 from hf_vlp.inputs.image_augmentations import TrainingTransform
+from hf_vlp.inputs.region_store import RegionStore
+from hf_vlp.inputs.regions import RegionDropping
 from hf_vlp.inputs.text_cleaning import clean_clip_text
-from hf_vlp.inputs.vocabulary import clip_tokenizer_from_merges, fingerprint, train_clip_tokenizer
+from hf_vlp.inputs.vocabulary import (
+    clip_tokenizer_from_merges,
+    fingerprint,
+    train_clip_tokenizer,
+    train_wordpiece_tokenizer,
+)
+from hf_vlp.inputs.word_tokenizer import VlpWordTokenizer, train_word_tokenizer
+from hf_vlp.training.building import build_config, build_model
 from hf_vlp.training.loop import dry_run, train
 from hf_vlp.training.optim import optimizer_of, schedule
+from hf_vlp.training.ramps import FROZEN_STAGES, ramped
 from hf_vlp.training.recipe import DataRecipe, Recipe, RecipeError, differences, flatten, load_recipe
 from hf_vlp.training.report import RunLog, check_trackers, draw_curves
 from hf_vlp.training.results import HeldOut
@@ -54,134 +63,95 @@ def threads_per_process() -> int:
 
 
 def read_split(data: DataRecipe, split: str):
-    """The records of "train", "validation" or "test"; paths count from the working folder, then from the repository."""
+    """The records of "train", "validation" or "test"."""
     source = getattr(data, split)
     if source is None:
         return None
-    if not Path(source).exists() and (HERE.parent / source).exists():
-        source = str(HERE.parent / source)
     chosen = getattr(data, f"{split}_split")
-    return read_records(source, split=chosen, columns=data.columns, image_root=data.image_root)
+    needed = ("captions",) if data.regions is not None else ("image", "captions")
+    return read_records(
+        located(source), split=chosen, columns=data.columns, image_root=data.image_root, required=needed
+    )
 
 
-def build_config(recipe: Recipe):
-    """The saved or new configuration, with the recipe's fields."""
-    if recipe.model.from_pretrained is None:
-        if recipe.model.model_type not in CONFIG_MAPPING:
-            nearest = difflib.get_close_matches(recipe.model.model_type, [*CONFIG_MAPPING.keys()], n=1, cutoff=0)[0]
-            raise RecipeError(f"model.model_type = {recipe.model.model_type!r} is unknown; the nearest is {nearest!r}")
-        try:
-            config = AutoConfig.for_model(recipe.model.model_type, **recipe.model.config)
-        except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:
-            raise RecipeError(f"model.config: {' '.join(str(error).split())}") from error
-        refuse_ignored(config, recipe.model.config)
-        return config
-    config = AutoConfig.from_pretrained(recipe.model.from_pretrained)
-    override(config, recipe.model.config)
-    return config
-
-
-def override(config: PreTrainedConfig, values: dict, where: str = "model.config") -> None:
-    """Sets fields of a saved configuration and of those inside it."""
-    for name, value in values.items():
-        if name == "model_type" and value != config.model_type:
-            raise RecipeError(
-                f"{where}.model_type = {value!r}: the saved model has {config.model_type!r}, leave it out"
-            )
-        if name not in settable(config) and name not in vars(config):
-            raise unknown_field(config, name, where)
-        if isinstance(value, dict) and isinstance(getattr(config, name), PreTrainedConfig):
-            override(getattr(config, name), value, f"{where}.{name}")
-        elif name != "model_type":
-            try:
-                setattr(config, name, value)
-            except (TypeError, ValueError, StrictDataclassError) as error:
-                raise RecipeError(f"{where}.{name} = {value!r}: {' '.join(str(error).split())}") from error
-
-
-def refuse_ignored(config: PreTrainedConfig, values: dict, where: str = "model.config") -> None:
-    """Errs at a key that a new configuration only carries along.
-
-    transformers keeps what no field takes as an attribute; an older name that a foreign configuration understands is used up.
-    """
-    for name, value in values.items():
-        if name not in settable(config) and name in vars(config):
-            raise unknown_field(config, name, where)
-        if isinstance(value, dict) and isinstance(getattr(config, name, None), PreTrainedConfig):
-            refuse_ignored(getattr(config, name), value, f"{where}.{name}")
-
-
-def settable(config: PreTrainedConfig) -> set[str]:
-    """Names that a configuration takes: fields, their other names, and properties that can be set."""
-    kind = type(config)
-    properties = {name for name in dir(kind) if getattr(getattr(kind, name), "fset", None)}
-    return {field.name for field in fields(kind)} | set(kind.attribute_map) | properties | {"model_type"}
-
-
-def unknown_field(config: PreTrainedConfig, name: str, where: str) -> RecipeError:
-    shown = sorted(known for known in settable(config) if not known.startswith("_"))
-    nearest = difflib.get_close_matches(name, shown, n=1, cutoff=0)[0]
-    return RecipeError(f"{where}.{name}: {type(config).__name__} has no such field; the nearest is {nearest!r}")
+def located(source: str) -> str:
+    """A path of a recipe: below the working folder, else below the repository."""
+    return str(HERE.parent / source) if not Path(source).exists() and (HERE.parent / source).exists() else source
 
 
 def training_texts(recipe: Recipe, records) -> Iterator[str]:
-    """Captions and keywords, cleaned, for a vocabulary."""
+    """Captions and keywords for a vocabulary, cleaned where the processor will clean them."""
     columns = ["captions", *(recipe.data.extra_text.columns if recipe.data.extra_text else ())]
+    clean = clean_clip_text if recipe.processor.vocabulary in (None, "byte_pairs") else str
     for row in records.select_columns(columns):
         for value in row.values():
             texts = [value] if isinstance(value, str) else value or ()
-            yield from (clean_clip_text(text) for text in texts if text)
+            yield from (clean(text) for text in texts if text)
+
+
+def build_tokenizer(recipe: Recipe, records):
+    """Given, or trained on the captions and keywords."""
+    chosen = recipe.processor
+    kind = chosen.vocabulary or "byte_pairs"
+    length = chosen.max_length or (77 if kind == "byte_pairs" else None)
+    limit = {} if length is None else {"model_max_length": length}
+    if chosen.tokenizer is None:
+        texts, entries = training_texts(recipe, records), chosen.vocabulary_size or 4096
+        if kind == "words":
+            return train_word_tokenizer(texts, chosen.minimum_count or 4, **limit)
+        if kind == "word_pieces":
+            return train_wordpiece_tokenizer(texts, entries, length or 512)
+        return train_clip_tokenizer(texts, entries, length)
+    if chosen.tokenizer.endswith(".gz"):
+        return clip_tokenizer_from_merges(chosen.tokenizer, max_length=length)
+    if chosen.tokenizer.endswith(".json"):
+        return VlpWordTokenizer.from_vocabulary_json(chosen.tokenizer, **limit)
+    return AutoTokenizer.from_pretrained(chosen.tokenizer, **limit)
 
 
 def build_processor(recipe: Recipe, config, records):
-    """A saved processor, or a new one with a given or a trained tokenizer; the image size is the model's."""
+    """A saved processor, or a new one with a given or a trained tokenizer; the image size, or the width of regions, is the model's."""
     chosen, size = recipe.processor, getattr(config.vision_config, "image_size", None)
-    sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}} if size else {}
-    sizes |= chosen.image_processor
     saved = chosen.from_pretrained or recipe.model.from_pretrained
     cleaning = {} if chosen.text_cleaning is None else {"text_cleaning": chosen.text_cleaning}
+    if recipe.data.regions is not None:
+        options = {"region_store": located(recipe.data.regions)}
+    else:
+        options = ({"size": size} if size else {}) | chosen.image_processor
     if saved:
-        for name in ("tokenizer", "vocabulary_size"):
+        for name in ("tokenizer", "vocabulary", "vocabulary_size", "minimum_count"):
             if (value := getattr(chosen, name)) is not None:
                 raise RecipeError(
                     f"processor.{name} = {value!r}: the processor saved in {saved} has its own vocabulary; leave it out"
                 )
-        processor = AutoProcessor.from_pretrained(saved, **sizes)
+        processor = AutoProcessor.from_pretrained(saved, **options)
         if chosen.max_length is not None:
             processor.tokenizer.model_max_length = chosen.max_length
         if cleaning:
             processor = type(processor)(processor.image_processor, processor.tokenizer, **cleaning)
         return processor
-    length = chosen.max_length or 77
-    if chosen.tokenizer is None:
-        entries = chosen.vocabulary_size or 4096
-        tokenizer = train_clip_tokenizer(training_texts(recipe, records), entries, length)
-    elif chosen.tokenizer.endswith(".gz"):
-        tokenizer = clip_tokenizer_from_merges(chosen.tokenizer, max_length=length)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(chosen.tokenizer, model_max_length=length)
     row = TABLE[config.model_type]
-    image_processor = resolve(row.image_processors["torchvision"])(**sizes)
-    return resolve(row.processor)(image_processor, tokenizer, **cleaning)
+    side = "feature_extractor" if recipe.data.regions is not None else "image_processor"
+    name = row.feature_extractor if recipe.data.regions is not None else row.image_processors.get("torchvision")
+    if name is None:
+        raise RecipeError(f"data.regions = {recipe.data.regions!r}: a {config.model_type} model takes no regions")
+    options |= {"feature_size": config.region_size} if recipe.data.regions is not None else {}
+    parts = {side: resolve(name)(**options), "tokenizer": build_tokenizer(recipe, records)}
+    return resolve(row.processor)(**parts, **cleaning)
 
 
-def build_model(recipe: Recipe, config, tokenizer):
-    """Float32 weights, saved or random; a new text tower gets the vocabulary of the tokenizer."""
-    attention = {"attn_implementation": recipe.training.attention} if recipe.training.attention else {}
-    if recipe.model.from_pretrained:
-        # half-precision weights would not survive the first step
-        source, wanted = recipe.model.from_pretrained, getattr(config.vision_config, "image_size", None)
-        stored = getattr(AutoConfig.from_pretrained(source).vision_config, "image_size", None)
-        if wanted != stored:
-            config.vision_config.image_size = stored
-        model = AutoModelForPreTraining.from_pretrained(source, config=config, dtype=torch.float32, **attention)
-        if wanted != stored:
-            model.resize_image_positions(wanted)
-        return model
-    config.text_config.vocab_size = len(tokenizer)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config.text_config, name, getattr(tokenizer, name))
-    return AutoModelForPreTraining.from_config(config, **attention)
+def build_collator(recipe: Recipe, processor, model, transform) -> PairCollator:
+    """Pictures or regions, texts and grids, each augmented as the recipe says."""
+    shares, augment = recipe.data.size_augmentation, None if transform is None else transform.augment
+    if shares.regions:
+        augment = RegionDropping(shares.regions)
+    cells = None
+    if shares.grid:
+        if not hasattr(model, "count_cells") or transform is None:
+            raise RecipeError("data.size_augmentation.grid: this model pools no grid of cells; set it to 0")
+        cells = GridDropping(model.count_cells(transform.augment.size, transform.augment.size), shares.grid)
+    texts = CaptionAugmentation(processor.tokenizer, shares.captions) if shares.captions else None
+    return PairCollator(processor, augment, seed=recipe.training.seed, augment_text=texts, draw_cells=cells)
 
 
 def main() -> None:
@@ -199,7 +169,11 @@ def main() -> None:
 
     check_trackers(recipe.trackers)
     accelerator = Accelerator(
-        mixed_precision=training.mixed_precision, log_with=recipe.trackers or None, project_dir=folder
+        mixed_precision=training.mixed_precision,
+        log_with=recipe.trackers or None,
+        project_dir=folder,
+        # a tower that is frozen for a while gives no gradient: the wrapper has to look, which costs time
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=FROZEN_STAGES in recipe.ramps)],
     )
     if accelerator.device.type == "cpu":
         torch.set_num_threads(training.threads or threads_per_process())
@@ -212,17 +186,19 @@ def main() -> None:
         records = {split: read_split(recipe.data, split) for split in ("train", "validation", "test")}
     config = build_config(recipe)
     processor = build_processor(recipe, config, records["train"])
-    transform = TrainingTransform(processor.image_processor, **recipe.data.augmentation)
+    regions = None if recipe.data.regions is None else RegionStore(located(recipe.data.regions))
+    transform = TrainingTransform(processor.image_processor, **recipe.data.augmentation) if regions is None else None
     caption = first_caption if recipe.data.first_caption else draw_caption
     if recipe.data.extra_text is not None:
         extra = asdict(recipe.data.extra_text)
         caption = caption_with_keywords(*extra.pop("columns"), **extra, caption=caption)
     pairs = ImageTextPairs(
         records["train"],
-        transform.prepare,
+        None if transform is None else transform.prepare,
         seed=training.seed,
         compose=caption,
         cache=recipe.data.cache,
+        regions=regions,
         on_bad_record=recipe.data.on_bad_record,
         progress=accelerator.is_main_process,
     )
@@ -235,10 +211,12 @@ def main() -> None:
             first = "; ".join(report["first_faults"][:1])
             accelerator.print(f"epoch {epoch}: {report['skipped']} of {report['rows']} records skipped. {first}")
 
+    # ------------------------------------------------------------------------------------------------ model
+    model = build_model(recipe, config, processor.tokenizer)
     stream = BatchStream(
         pairs,
         sampler,
-        PairCollator(processor, transform.augment, seed=training.seed),
+        build_collator(recipe, processor, model, transform),
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
         workers=training.workers,
@@ -247,9 +225,6 @@ def main() -> None:
         channels_last=training.channels_last,
         epoch_ended=report_skipped,
     )
-
-    # ------------------------------------------------------------------------------------------------ model
-    model = build_model(recipe, config, processor.tokenizer)
     if training.channels_last:
         model.to(memory_format=torch.channels_last)
     if training.checkpointing:
@@ -261,7 +236,12 @@ def main() -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     set_seed(training.seed, device_specific=True)
     run = {
-        "step": choose_step(training.cached_chunk_size, training.accumulation),
+        "step": ramped(
+            choose_step(training.cached_chunk_size, training.accumulation),
+            recipe.ramps,
+            accelerator.unwrap_model(model, keep_torch_compile=False),
+            stream,
+        ),
         "accumulation": training.accumulation,
         "clip_norm": training.clip_norm,
     }

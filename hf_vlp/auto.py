@@ -9,6 +9,7 @@ importing it while transformers itself is half loaded would go in a circle.
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 from collections import UserDict
 from dataclasses import dataclass, field
@@ -18,17 +19,22 @@ AUTO = "transformers.models.auto"
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration and everything registered under it; every name is "module:Class" below `hf_vlp.models`."""
+    """One configuration and everything registered under it.
+
+    Every name is "module:Class" below `hf_vlp.models`; ".inputs.module:Class" is beside it, below `hf_vlp`.
+    """
 
     config: str
     models: dict[str, str] = field(default_factory=dict)
     processor: str | None = None
     image_processors: dict[str, str] = field(default_factory=dict)
+    feature_extractor: str | None = None
+    tokenizer: str | None = None
 
     def names(self) -> tuple[str, ...]:
         """Every "module:Class" of the row."""
-        processor = (self.processor,) if self.processor else ()
-        return (self.config, *self.models.values(), *processor, *self.image_processors.values())
+        inputs = (self.processor, *self.image_processors.values(), self.feature_extractor, self.tokenizer)
+        return (self.config, *self.models.values(), *(name for name in inputs if name))
 
 
 TABLE = {
@@ -55,6 +61,24 @@ TABLE = {
             "pil": "clip.image_processing_clip:VlpClipImageProcessorPil",
         },
     ),
+    "vlp_vse_grid_model": Row(
+        "vse.configuration_vse:VlpVseGridConfig", {"AutoModel": "vse.modeling_vse:VlpVseGridModel"}
+    ),
+    "vlp_vse_gru_model": Row("vse.configuration_vse:VlpVseGruConfig", {"AutoModel": "vse.modeling_vse:VlpVseGruModel"}),
+    "vlp_vse": Row(
+        "vse.configuration_vse:VlpVseConfig",
+        {
+            "AutoModel": "vse.modeling_vse:VlpVseModel",
+            "AutoModelForPreTraining": "vse.modeling_vse:VlpVseForPreTraining",
+        },
+        processor="vse.processing_vse:VlpVseProcessor",
+        image_processors={
+            "torchvision": "vse.image_processing_vse:VlpVseImageProcessor",
+            "pil": "vse.image_processing_vse:VlpVseImageProcessorPil",
+        },
+        feature_extractor=".inputs.region_feature_extractor:VlpRegionFeatureExtractor",
+        tokenizer=".inputs.word_tokenizer:VlpWordTokenizer",
+    ),
 }
 
 OWN_AUTO_CLASSES = (
@@ -66,11 +90,12 @@ OWN_AUTO_CLASSES = (
 
 
 def _module(name: str) -> str:
-    return f"hf_vlp.models.{name.partition(':')[0]}"
+    module = name.partition(":")[0]
+    return importlib.util.resolve_name(module if module.startswith(".") else f".models.{module}", __package__)
 
 
 def resolve(name: str) -> type:
-    """The class behind "module:Class" below `hf_vlp.models`."""
+    """The class behind a name of a `Row`."""
     return getattr(importlib.import_module(_module(name)), name.partition(":")[2])
 
 
@@ -125,11 +150,29 @@ def _register_image_processors() -> None:
             _add(IMAGE_PROCESSOR_MAPPING, row, row.image_processors)
 
 
+def _register_feature_extractors() -> None:
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
+
+    for row in TABLE.values():
+        if row.feature_extractor:
+            _add(FEATURE_EXTRACTOR_MAPPING, row, row.feature_extractor)
+
+
+def _register_tokenizers() -> None:
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    for row in TABLE.values():
+        if row.tokenizer:
+            _add(TOKENIZER_MAPPING, row, row.tokenizer)
+
+
 REGISTRATIONS = {
     f"{AUTO}.configuration_auto": _register_configs,
     f"{AUTO}.modeling_auto": _register_models,
     f"{AUTO}.processing_auto": _register_processors,
     f"{AUTO}.image_processing_auto": _register_image_processors,
+    f"{AUTO}.feature_extraction_auto": _register_feature_extractors,
+    f"{AUTO}.tokenization_auto": _register_tokenizers,
 }
 
 

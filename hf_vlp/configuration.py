@@ -4,6 +4,7 @@ import difflib
 from dataclasses import fields
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 
 
 def refuse_near_misses(config: PreTrainedConfig, unknown: dict) -> None:
@@ -44,3 +45,39 @@ class OwnArchitectureOnly:
                 "or convert the checkpoint first"
             )
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
+        """As in transformers.
+
+        Raises:
+            ValueError: a tower's configuration asked for in the folder of a model that has no such tower.
+        """
+        found, kwargs = super().get_config_dict(*args, **kwargs)
+        if cls.base_config_key and found.get(cls.base_config_key, found) is None:
+            raise ValueError(
+                f"the {found['model_type']!r} of this folder has no {cls.base_config_key}, which {cls.__name__} describes"
+            )
+        return found, kwargs
+
+
+def require_positive(config: PreTrainedConfig, *names: str) -> None:
+    """Raise a ValueError unless the fields `names`, numbers or lists of them, are all 1 or more."""
+    for name in names:
+        value = getattr(config, name)
+        if any(item < 1 for item in (value if isinstance(value, (list, tuple)) else [value])):
+            raise ValueError(f"{type(config).__name__}.{name} must be 1 or more, got {value}")
+
+
+def require_choice(config: PreTrainedConfig, **choices: tuple) -> None:
+    """Raise a ValueError unless each field's value is one of its choices."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}")
+
+
+def tower_by_name(name: str) -> PreTrainedConfig | dict:
+    """The configuration behind a tower's name: "timm/<architecture>", or a transformers model's folder or Hub id."""
+    if name.startswith("timm/"):
+        return {"model_type": "timm_wrapper", "architecture": name.removeprefix("timm/")}
+    return AutoConfig.from_pretrained(name)

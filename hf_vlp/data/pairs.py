@@ -1,7 +1,7 @@
 """Image-text pairs drawn from records: which text of a record is shown in which epoch, and what a bad record does.
 
 `prepare` is the deterministic part of a picture's transform, so that its result can be kept; what is random follows
-in the collator, on the whole batch.
+in the collator, on the whole batch. Images may also be regions, read from a store by the records' keys.
 """
 
 import functools
@@ -92,6 +92,8 @@ def _with_keywords(record, generator, *, columns, separator, shuffle, keep, chan
 class ImageTextPairs(torch.utils.data.Dataset):
     """A map-style data set of pairs; item i is {"image": uint8 [3, h, w], "text": str, "image_id": int, "draw": int}.
 
+    With `regions` it is {"regions": RegionFeatures, ...} instead.
+
     Text and `draw` are a pure function of (seed, epoch, row): resumed, on any number of workers or processes, the same
     epoch shows the same texts. `draw` is a random 63-bit number that seeds what is random further on.
 
@@ -110,10 +112,11 @@ class ImageTextPairs(torch.utils.data.Dataset):
     Args:
         records: a `datasets.Dataset` as `read_records` gives, or a sequence of such rows. One row a picture, with all
             its captions, is the cheapest layout: pictures are prepared once a row.
-        prepare: PIL image -> uint8 [3, h, w], deterministic.
+        prepare: PIL image -> uint8 [3, h, w], deterministic; not needed with `regions`.
         seed: of the texts drawn.
         compose: (record without its picture, generator) -> text; draws one of the captions if not given.
         cache: decode and prepare all pictures now and keep them (N * 3 * h * w bytes).
+        regions: a `RegionStore`, or another object with `read(key)`; a record's `regions`, else its `image_id`, is the key.
         on_bad_record: "raise" or "skip".
         workers: threads that fill the cache; the number of cores if not given.
         progress: show a bar while the cache is filled.
@@ -126,23 +129,27 @@ class ImageTextPairs(torch.utils.data.Dataset):
     def __init__(
         self,
         records: Any,
-        prepare: Callable[[Any], torch.Tensor],
+        prepare: Callable[[Any], torch.Tensor] | None = None,
         *,
         seed: int = 0,
         compose: Compose | None = None,
         cache: bool = False,
+        regions: Any = None,
         on_bad_record: str = "raise",
         workers: int | None = None,
         progress: bool = True,
     ):
         if on_bad_record not in ("raise", "skip"):
             raise ValueError(f"on_bad_record={on_bad_record!r} is unknown. Choose 'raise' or 'skip'.")
+        if (prepare is None) == (regions is None) or (cache and prepare is None):
+            raise ValueError("give prepare=, for pictures, or regions=, a store that needs no cache; one of them.")
         self.prepare, self.seed, self.compose = prepare, seed, compose or draw_caption
+        self.regions = regions
         self.skips = on_bad_record == "skip"
         self.faults: list[RecordError] = []
-        self._records = _undecoded(records)
+        self._records = _undecoded(records) if regions is None else None
         self._total = len(records)
-        self._texts = _without_pictures(self._records)
+        self._texts = _without_pictures(records)
         # shared memory: persistent workers see a new epoch, and their bad rows are counted here
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._bad = torch.zeros(max(self._total, 1), dtype=torch.bool).share_memory_()
@@ -167,8 +174,8 @@ class ImageTextPairs(torch.utils.data.Dataset):
         for offset in range(len(self)):
             here = (index + offset) % len(self)
             row = int(self._rows[here])
-            picture = self._picture(here, row)
-            if picture is not None:
+            image = self._image(here, row)
+            if image is not None:
                 break
         else:
             reason = f"none of {self._total} pictures is usable"
@@ -177,7 +184,8 @@ class ImageTextPairs(torch.utils.data.Dataset):
         generator = np.random.default_rng((self.seed, int(self._epoch), row))
         text = self.compose(record, generator)
         draw = int(generator.integers(1 << 63))
-        return {"image": picture, "text": text, "image_id": int(self.image_ids[here]), "draw": draw}
+        kind = "image" if self.regions is None else "regions"
+        return {kind: image, "text": text, "image_id": int(self.image_ids[here]), "draw": draw}
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the texts of this epoch from now on."""
@@ -198,17 +206,28 @@ class ImageTextPairs(torch.utils.data.Dataset):
             self._count(fault)
             return False
 
-    def _picture(self, here: int, row: int) -> torch.Tensor | None:
-        """uint8 [3, h, w], or None where the row's picture is bad and bad rows are skipped."""
+    def _image(self, here: int, row: int) -> Any:
+        """uint8 [3, h, w] or regions, or None where the row's image is bad and bad rows are skipped."""
         if self._pictures is not None:
             return self._pictures[here]
         if self._bad[row]:
             return None
-        prepared = self._prepare_row(row)
+        prepared = self._prepare_row(row) if self.regions is None else self._read_regions(row)
         if isinstance(prepared, RecordError):
             self._count(prepared)
             return None
         return prepared
+
+    def _read_regions(self, row: int) -> Any:
+        record = self._texts[row]
+        key = record["regions"] if "regions" in record else record["image_id"]
+        try:
+            return self.regions.read(key)
+        except (KeyError, ValueError, OSError) as error:
+            reason = str(error.args[0] if error.args else error)
+            return RecordError(
+                row, "regions", reason, "Repair or remove the row, or skip such rows with on_bad_record='skip'."
+            )
 
     def _prepare_row(self, row: int) -> torch.Tensor | RecordError:
         try:
@@ -255,7 +274,7 @@ def _undecoded(records: Any) -> Any:
 def _without_pictures(records: Any) -> Sequence[Mapping[str, Any]]:
     """All columns but the pictures, as a list with an `image_id` in every row."""
     if hasattr(records, "remove_columns"):
-        rows = records.remove_columns("image").to_list()
+        rows = records.remove_columns([name for name in records.column_names if name == "image"]).to_list()
     else:
         rows = [{key: value for key, value in row.items() if key != "image"} for row in records]
     return [row if "image_id" in row else {**row, "image_id": position} for position, row in enumerate(rows)]

@@ -81,8 +81,9 @@ def encode(
     with torch.no_grad(), context, bar:
         for inputs in _ahead(prepare, batches):
             output = forward(**{key: value.to(device, non_blocking=True) for key, value in inputs.items()})
-            # transformers' own models wrap the features in an output
-            output = output if isinstance(output, torch.Tensor) else output.pooler_output
+            if not isinstance(output, torch.Tensor):
+                # transformers' own models wrap the features, and their forward makes them unit length before comparing
+                output = torch.nn.functional.normalize(output.pooler_output.float(), dim=-1)
             rows.append(output.float().cpu())
             bar.update(len(output))
     if parts == 1:
@@ -102,11 +103,12 @@ def encode(
 def encode_images(
     model: Any, processor: Any, records: Any, verb: str = "get_image_features", **options
 ) -> torch.Tensor:
-    """Features of the pictures of records.
+    """Features of the images of records.
 
     Args:
-        records: rows with `image`, e.g. a `datasets.Dataset`.
-        verb: method of the model: `get_image_features` (unit length) or `encode_image` (as it comes, for probes).
+        processor: one with a `feature_extractor` is handed regions, any other pictures; see `image_inputs`.
+        records: rows with `image` or `regions`, e.g. a `datasets.Dataset`.
+        verb: method of the model: `get_image_features` (as it is compared) or `encode_image` (as probes take it).
         options: of `encode`.
 
     Returns:
@@ -114,18 +116,66 @@ def encode_images(
 
     Raises:
         PictureError: a picture does not decode, with its row's position.
+        ValueError: as `region_keys`, or an image that the region store lacks.
     """
 
     def prepare(rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        pictures = [picture_of(records, row) for row in rows]
-        return {"pixel_values": processor(images=pictures, return_tensors="pt")["pixel_values"]}
+        return image_inputs(processor, records, rows)
 
-    options = {"name": "pictures", **options}
+    options = {"name": "images" if takes_regions(processor) else "pictures", **options}
     return encode(len(records), prepare, verb_of(model, verb), **options)
 
 
+def takes_regions(processor: Any) -> bool:
+    """Whether a processor makes an image of regions, with a `feature_extractor`, and not of a picture."""
+    return getattr(processor, "feature_extractor", None) is not None
+
+
+def image_inputs(processor: Any, records: Any, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    """What a model is handed for the images of some rows.
+
+    Args:
+        processor: `processor(images=...)` gives `pixel_values` [B, 3, H, W]; where it has a `feature_extractor`,
+            `processor(regions=...)` gives `region_features` [B, R, F] and `region_mask` [B, R] from the rows' keys.
+        records: rows with `image`, or with `regions` or `image_id`.
+        rows: B positions.
+
+    Raises:
+        PictureError, ValueError: as `encode_images`.
+    """
+    if takes_regions(processor):
+        return dict(processor(regions=region_keys(records, rows), return_tensors="pt"))
+    pictures = [picture_of(records, row) for row in rows]
+    return {"pixel_values": processor(images=pictures, return_tensors="pt")["pixel_values"]}
+
+
+def region_keys(records: Any, rows: Sequence[int]) -> list:
+    """The rows' `regions`: keys of the processor's store, or regions themselves; `image_id` where that column is absent.
+
+    Raises:
+        ValueError: a row has no value there, with its position.
+    """
+    plain, keys = without_pictures(records), []
+    for row in rows:
+        record = plain[row]
+        column = "regions" if "regions" in record else "image_id"
+        if record.get(column) is None:
+            raise ValueError(
+                f"record {row} names no regions: it has no `{column}`. A model that sees regions needs the column "
+                f"`regions`, or `image_id`, filled with the keys of the region store."
+            )
+        keys.append(record[column])
+    return keys
+
+
+def without_pictures(records: Any) -> Any:
+    """The same rows, and reading one decodes no picture."""
+    pictures = "image" in getattr(records, "column_names", ())
+    return records.remove_columns("image") if pictures else records
+
+
 def encode_texts(model: Any, processor: Any, texts: Sequence[str], **options) -> torch.Tensor:
-    """Unit-length features of texts.
+    """Features of texts, as the model compares them.
 
     Texts of similar length are encoded together, because a batch is as long as its longest text.
 
@@ -154,10 +204,10 @@ def picture_of(records: Any, row: int) -> Any:
     """The decoded picture of a row.
 
     Raises:
-        PictureError: it does not decode, with the row's position.
+        PictureError: there is none, or it does not decode, with the row's position.
     """
     try:
-        return records[row]["image"]
+        picture = records[row].get("image")
     except PictureError:
         raise
     except (OSError, ValueError, SyntaxError) as error:  # PIL.UnidentifiedImageError is an OSError
@@ -165,6 +215,12 @@ def picture_of(records: Any, row: int) -> Any:
             f"the picture of record {row} cannot be read ({error}). An evaluation leaves nothing out: repair or remove "
             f"the row; `python -m hf_vlp.data.validate` lists all bad ones."
         ) from error
+    if picture is None:
+        raise PictureError(
+            f"record {row} has no picture. A model that sees pictures needs one in the column `image` of every row, and "
+            f"one that sees regions a processor with a feature_extractor."
+        )
+    return picture
 
 
 def verb_of(model: Any, verb: str) -> Callable[..., Any]:

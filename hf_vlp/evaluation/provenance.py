@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hf_vlp.evaluation.encoding import takes_regions
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -16,11 +18,14 @@ def conditions(model: torch.nn.Module, processor: Any, autocast: torch.dtype | N
 
     Args:
         model: its parameters tell the precision where there is no autocast.
-        processor: its image processor tells the backend.
+        processor: its image processor tells the backend, its feature extractor the store of regions.
         autocast: type of the computation, as for `evaluate_retrieval`.
     """
     kinds = sorted({_name(value.dtype) for value in model.parameters() if value.is_floating_point()})
     precision = "/".join(kinds) if autocast is None else f"{_name(autocast)} autocast"
+    if takes_regions(processor):
+        store = getattr(processor.feature_extractor, "region_store", None)
+        return f"{precision}, regions" + (f" of {shortened(store)}" if store else "")
     image_processor = getattr(processor, "image_processor", processor)
     return f"{precision}, {getattr(image_processor, 'backend', type(image_processor).__name__)} pictures"
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 BLOCK_ELEMENTS = 1 << 22  # scores held at a time: 16 MB in float32, about the size of a last-level cache
-WHOLE_ELEMENTS = 1 << 25  # scores that may be held at once where that saves computing them twice: 128 MB
+WHOLE_ELEMENTS = 1 << 27  # scores held at once where that saves computing them twice: 512 MB, 5,000 x 25,000 fit
+MISS = torch.iinfo(torch.int64).max  # the rank of a query that has no positive: no k reaches it
 
 
 def best_ranks(
@@ -39,16 +40,46 @@ def best_ranks(
     Raises:
         ValueError: shapes that do not fit, features that are not finite, or a query without a positive.
     """
-    if queries.ndim != 2 or targets.ndim != 2 or queries.shape[1] != targets.shape[1]:
-        raise ValueError(
-            f"queries {tuple(queries.shape)} and targets {tuple(targets.shape)} must be [N, E] and [M, E]."
-        )
-    queries, targets = _widened("queries", queries), _widened("targets", targets)
-    positives = _Positives(query_ids, target_ids, len(queries), len(targets))
+    queries, targets = _checked(queries, targets)
+    positives = _Positives.of_ids(query_ids, target_ids, len(queries), len(targets))
     ranks = [queries.new_zeros(0, dtype=torch.int64)]
     for rows in _blocks(len(queries), len(targets), block):
         ranks.append(_block_ranks(queries[rows] @ targets.T, positives, rows))
     return torch.cat(ranks)
+
+
+def best_ranks_of_pairs(
+    queries: torch.Tensor,
+    targets: torch.Tensor,
+    pairs: torch.Tensor,
+    *,
+    self_score: float | None = None,
+    block: int | None = None,
+) -> torch.Tensor:
+    """The same where each query has its own list of positives, e.g. annotated ones; a list may be empty.
+
+    Args:
+        queries, targets, block: as for `best_ranks`.
+        pairs: [Q, 2] int64, the row of a query and the row of a positive of it; in any order, repeated or not.
+        self_score: given where queries and targets are the same rows: what a row scores with itself.
+
+    Returns:
+        [N] int64, from 0; `MISS` for a query without a positive.
+
+    Raises:
+        ValueError: shapes that do not fit, a pair that names no row, or features that are not finite.
+    """
+    if self_score is not None and len(queries) != len(targets):
+        raise ValueError(f"{len(queries)} queries and {len(targets)} targets are not the same rows; omit self_score.")
+    queries, targets = _checked(queries, targets)
+    positives = _Positives.of_pairs(pairs, len(queries), len(targets))
+    ranks = [queries.new_zeros(0, dtype=torch.int64)]
+    for rows in _blocks(len(queries), len(targets), block):
+        scores = queries[rows] @ targets.T
+        if self_score is not None:
+            scores.diagonal(rows.start).fill_(self_score)
+        ranks.append(_block_ranks(scores, positives, rows))
+    return torch.cat(ranks).masked_fill_(positives.counts.to(queries.device) == 0, MISS)
 
 
 def ranks_from_scores(
@@ -70,7 +101,7 @@ def ranks_from_scores(
         raise ValueError(f"scores must be [N, M], not {tuple(scores.shape)}.")
     if scores.isnan().any():
         raise ValueError(f"the scores of query {int(scores.isnan().any(1).nonzero()[0])} hold NaN.")
-    positives = _Positives(query_ids, target_ids, *scores.shape)
+    positives = _Positives.of_ids(query_ids, target_ids, *scores.shape)
     ranks = [torch.zeros(0, dtype=torch.int64, device=scores.device)]
     for rows in _blocks(*scores.shape, block):
         ranks.append(_block_ranks(scores[rows], positives, rows))
@@ -82,7 +113,7 @@ def ranks_both_ways(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`best_ranks` of the images among the texts and of the texts among the images.
 
-    Up to 1,000 x 25,000 or so, the scores are computed once for both; beyond, once a direction and in blocks.
+    Up to 5,000 x 25,000 and a little more, the scores are computed once for both; beyond, once a direction and in blocks.
 
     Args:
         images: [N, E]. texts: [M, E].
@@ -143,22 +174,44 @@ def rsum(*directions: Mapping[str, float]) -> float:
 class _Positives:
     """For each query the columns of its positives: those of query n are columns[starts[n] : starts[n] + counts[n]]."""
 
-    def __init__(self, query_ids: torch.Tensor, target_ids: torch.Tensor, queries: int, targets: int):
+    def __init__(self, columns: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor):
+        self.columns, self.starts, self.counts = columns, starts, counts
+
+    @classmethod
+    def of_ids(cls, query_ids: torch.Tensor, target_ids: torch.Tensor, queries: int, targets: int) -> "_Positives":
+        """Those of equal id; every query must have one."""
         query_ids, target_ids = torch.as_tensor(query_ids).cpu(), torch.as_tensor(target_ids).cpu()
         if query_ids.shape != (queries,) or target_ids.shape != (targets,):
             raise ValueError(
                 f"{queries} queries and {targets} targets need one id each; the ids have the shapes "
                 f"{tuple(query_ids.shape)} and {tuple(target_ids.shape)}."
             )
-        ordered, self.columns = target_ids.sort(stable=True)
-        self.starts = torch.searchsorted(ordered, query_ids)
-        self.counts = torch.searchsorted(ordered, query_ids, right=True) - self.starts
-        if queries and not self.counts.all():
-            lone = int((self.counts == 0).nonzero()[0])
+        ordered, columns = target_ids.sort(stable=True)
+        starts = torch.searchsorted(ordered, query_ids)
+        counts = torch.searchsorted(ordered, query_ids, right=True) - starts
+        if queries and not counts.all():
+            lone = int((counts == 0).nonzero()[0])
             raise ValueError(
                 f"query {lone} (id {int(query_ids[lone])}) has no positive among the targets: no rank is defined. "
                 f"Leave such queries out, or add their targets."
             )
+        return cls(columns, starts, counts)
+
+    @classmethod
+    def of_pairs(cls, pairs: torch.Tensor, queries: int, targets: int) -> "_Positives":
+        """Those that are listed as (query, target) [Q, 2]."""
+        pairs = torch.as_tensor(pairs).cpu()
+        if pairs.ndim != 2 or pairs.shape[1] != 2:
+            raise ValueError(f"pairs must be [Q, 2], not {tuple(pairs.shape)}.")
+        wrong = ((pairs < 0) | (pairs >= torch.tensor([queries, targets]))).any(dim=1)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"pair {first} {pairs[first].tolist()} names no row of {queries} queries, {targets} targets."
+            )
+        query, columns = pairs.unique(dim=0).unbind(dim=1)  # sorted by query, and a tied positive is taken off once
+        counts = torch.bincount(query, minlength=queries)
+        return cls(columns, counts.cumsum(0) - counts, counts)
 
     def of(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Row within the block and column of every positive pair of these queries."""
@@ -181,6 +234,14 @@ def _block_ranks(scores: torch.Tensor, positives: _Positives, rows: slice) -> to
 def _blocks(queries: int, targets: int, block: int | None) -> list[slice]:
     size = block or max(1, BLOCK_ELEMENTS // max(1, targets))
     return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+
+
+def _checked(queries: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if queries.ndim != 2 or targets.ndim != 2 or queries.shape[1] != targets.shape[1]:
+        raise ValueError(
+            f"queries {tuple(queries.shape)} and targets {tuple(targets.shape)} must be [N, E] and [M, E]."
+        )
+    return _widened("queries", queries), _widened("targets", targets)
 
 
 def _widened(name: str, features: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,34 @@
-"""Zero-shot retrieval by two towers: pictures and captions are encoded once, all pairs scored in blocks.
+"""Retrieval by two towers: images and captions are encoded once, all pairs scored in blocks.
 
-Records with one image id are one picture, encoded once; all their captions are its positives.
+Records with one image id are one image, encoded once; all their captions are its positives. What a model sees of an
+image, its picture or stored regions, is its processor's matter: see `image_inputs`.
 """
 
-from collections.abc import Callable
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 
-from hf_vlp.evaluation.encoding import encode, encode_images, encode_texts, evaluating, picture_of, verb_of
-from hf_vlp.evaluation.ranks import ranks_both_ways, recalls, rsum, top_targets
+from hf_vlp.evaluation.encoding import (
+    encode,
+    encode_texts,
+    evaluating,
+    image_inputs,
+    picture_of,
+    takes_regions,
+    verb_of,
+    without_pictures,
+)
+from hf_vlp.evaluation.ranks import ranks_both_ways, ranks_from_scores, recalls, rsum, top_targets
 
 DIRECTIONS = ("image_to_text", "text_to_image")
+UNIT_LENGTH = 0.01  # how far low precision leaves a row from unit length, at most: bfloat16 rounds by 0.004
 
 
 @dataclass
@@ -22,7 +38,7 @@ class RetrievalReport:
     metrics: `image_to_text/R@1`, ... `text_to_image/mean_rank`, `rsum`; recalls in percent, ranks from 1.
     counts: `images`, `captions`, and the least, mean and most captions of an image.
     protocol: in words, what was scored.
-    image_features [N, E], text_features [M, E]: unit length, float32.
+    image_features [N, E], text_features [M, E]: float32; their products are the scores.
     image_ids [N], text_ids [M] int64: index of the image that each row is or belongs to.
     captions: [M] texts. image_rows: [N] the record that each image was read from.
     """
@@ -47,6 +63,15 @@ class RetrievalReport:
         lines.append(f"rsum {self.metrics['rsum']:.1f}; {self.protocol}")
         return "\n".join(lines)
 
+    def scores(self) -> torch.Tensor:
+        """[N, M] float32, of every image with every caption."""
+        return self.image_features @ self.text_features.T
+
+    def fingerprint(self) -> str:
+        """Of the captions and whose they are, in their order: equal where the scores of two models stand for the same."""
+        content = json.dumps([self.captions, self.text_ids.tolist()], ensure_ascii=False)
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
     def top(self, k: int = 5) -> list[tuple[str, int, list[int]]]:
         """For every caption: the text, the index of its image, the indices of the k images found, best first."""
         found = top_targets(self.text_features, self.image_features, k).tolist()
@@ -70,17 +95,19 @@ class RetrievalReport:
 
 
 class RetrievalSet:
-    """The distinct pictures and all captions of records; optionally the processed pictures, for evaluating repeatedly.
+    """The distinct images and all captions of records; optionally the processed images, for evaluating repeatedly.
 
     Args:
-        records: rows with `image`, `captions` and `image_id` (the row's position where there is none).
-        processor: given, all pictures are processed now and kept (N * 3 * H * W float32).
-        captions_per_image: keep the first so many of each picture's captions. Published results on COCO's 5,000 test
-            pictures count 5 each (25,000), while some have 6 or 7.
+        records: rows with `captions`, `image_id` (where there is none, rows of one `regions` key are one image, and any
+            other row is one of its own) and what the processor makes an image of: `image`, `regions` or `image_id`.
+        processor: given, all images are processed now and kept (N * 3 * H * W or, with R regions each, N * R * F
+            float32).
+        captions_per_image: keep the first so many of each image's captions. Published results on COCO's 5,000 test
+            images count 5 each (25,000), while some have 6 or 7. With 1, captions and images are pairs.
 
     Raises:
-        ValueError: there are no records, or a row has no caption or an empty image_id (names the row's position), or a
-            picture has fewer captions than asked for.
+        ValueError: there are no records, or a row has no caption or an empty image_id (names the row's position), or an
+            image has fewer captions than asked for.
     """
 
     def __init__(self, records: Any, processor: Any = None, captions_per_image: int | None = None):
@@ -90,22 +117,15 @@ class RetrievalSet:
             raise ValueError(f"captions_per_image={captions_per_image} must be positive.")
         self.captions_per_image = captions_per_image
         self.records = records
-        plain = records.remove_columns("image") if hasattr(records, "remove_columns") else records
         self.image_rows: list[int] = []
         self.captions: list[str] = []
         text_ids: list[int] = []
         index_of: dict[str, int] = {}
         kept: list[int] = []  # captions of each image
-        for row, record in enumerate(plain):
+        for row, record in enumerate(without_pictures(records)):
             if not record["captions"] or not all(text and text.strip() for text in record["captions"]):
                 raise ValueError(f"record {row} has no caption or an empty one. Repair or remove the row.")
-            image_id = record.get("image_id", row)
-            if image_id is None or image_id != image_id or str(image_id) == "":  # NaN differs from itself
-                raise ValueError(
-                    f"record {row} has no image_id ({image_id!r}). Fill it in, or leave the column out if every record is "
-                    f"a picture of its own."
-                )
-            index = index_of.setdefault(str(image_id), len(index_of))
+            index = index_of.setdefault(_identity(record, row), len(index_of))
             if index == len(self.image_rows):
                 self.image_rows.append(row)
                 kept.append(0)
@@ -118,14 +138,14 @@ class RetrievalSet:
         if captions_per_image is not None and min(kept) < captions_per_image:
             row = self.image_rows[kept.index(min(kept))]
             raise ValueError(
-                f"the picture of record {row} has {min(kept)} captions, {captions_per_image} are asked for. Ask for fewer."
+                f"the image of record {row} has {min(kept)} captions, {captions_per_image} are asked for. Ask for fewer."
             )
         self.text_ids = torch.tensor(text_ids)
         self.image_ids = torch.arange(len(self.image_rows))
-        self.pixels = None
+        self.kept: list[dict[str, torch.Tensor]] | None = None
         if processor is not None:
-            pictures = [picture_of(records, row) for row in self.image_rows]
-            self.pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+            chunks = torch.arange(len(self)).split(256)  # regions are filled up to the longest of a chunk
+            self.kept = [row for chunk in chunks for row in _apart(self.inputs(processor, chunk.tolist()))]
 
     def __len__(self) -> int:
         return len(self.image_rows)
@@ -133,6 +153,12 @@ class RetrievalSet:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The picture of the index-th image."""
         return {"image": picture_of(self.records, self.image_rows[index])}
+
+    def inputs(self, processor: Any, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What a model is handed for some of the images, kept or processed now."""
+        if self.kept is not None:
+            return _together([self.kept[index] for index in indices])
+        return image_inputs(processor, self.records, [self.image_rows[index] for index in indices])
 
     def counts(self) -> dict[str, float]:
         """Images, captions, and captions of an image."""
@@ -158,15 +184,15 @@ def evaluate_retrieval(
     prompt: Callable[[str], str] | None = None,
     progress: bool = True,
 ) -> RetrievalReport:
-    """Encode pictures and captions, rank both ways.
+    """Encode images and captions, rank both ways.
 
     Under several processes (`torch.distributed`) each encodes its part, and all get the same report.
 
     Args:
-        model: has `get_image_features` and `get_text_features`, itself or in its base model. Evaluated in evaluation
-            mode, returned in the mode it was in.
-        processor: of the model.
-        records: rows with `image`, `captions`, `image_id`; or a `RetrievalSet`, which may hold them processed.
+        model: has `get_image_features` and `get_text_features`, itself or in its base model. Their products are the
+            scores: cosines where they are of unit length. Evaluated in evaluation mode, returned in the mode it was in.
+        processor: of the model; one with a `feature_extractor` is handed regions, see `image_inputs`.
+        records: rows as for `RetrievalSet`; or one, which may hold them processed.
         device: where to compute; the model's if not given (it is not moved).
         accelerator: the `accelerate.Accelerator` that wrapped the model, if any.
         autocast: type of the computation, e.g. torch.bfloat16. Scores are float32 in any case.
@@ -174,7 +200,8 @@ def evaluate_retrieval(
         progress: show bars.
 
     Raises:
-        ValueError: no records, an empty caption or image_id, or a picture that does not decode, with the row's position.
+        ValueError: no records, an empty caption or image_id, a picture that does not decode, with the row's position, or
+            an image that the region store lacks.
         TypeError: the model cannot embed one side alone.
     """
     pairs = records if isinstance(records, RetrievalSet) else RetrievalSet(records)
@@ -182,17 +209,16 @@ def evaluate_retrieval(
     with evaluating(model, accelerator) as inner:
         place = torch.device(device) if device is not None else next(inner.parameters()).device
         options = {"batch_size": batch_size, "device": place, "autocast": autocast, "progress": progress}
-        if pairs.pixels is None:
-            images = encode_images(inner, processor, pairs, **options)
-        else:
-            images = _encode_pixels(inner, pairs, options)
+        prepare = functools.partial(pairs.inputs, processor)
+        name = "images" if takes_regions(processor) else "pictures"
+        images = encode(len(pairs), prepare, verb_of(inner, "get_image_features"), name=name, **options)
         captions = encode_texts(inner, processor, texts, **options)
-    # low-precision features are of unit length only roughly
-    images, captions = (torch.nn.functional.normalize(side, dim=1) for side in (images, captions))
+    (images, unit_images), (captions, unit_captions) = map(exact_unit_rows, (images, captions))
     counts = pairs.counts()
     protocol = (
         f"{counts['captions']:,} captions ({counts['captions_per_image_mean']:g} an image) against all "
-        f"{counts['images']:,} images, cosine, best positive counts, ties count against it"
+        f"{counts['images']:,} images, {'cosine' if unit_images and unit_captions else 'inner product'}, best positive "
+        f"counts, ties count against it"
     )
     if pairs.captions_per_image is not None:
         protocol += f", the first {pairs.captions_per_image} captions of each image"
@@ -201,6 +227,19 @@ def evaluate_retrieval(
     return RetrievalReport(
         metrics, counts, protocol, images, captions, **ids, captions=pairs.captions, image_rows=pairs.image_rows
     )
+
+
+def exact_unit_rows(features: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Repair what low precision leaves of unit length, and nothing else: a model may compare by inner products.
+
+    Args:
+        features: [N, E].
+
+    Returns:
+        [N, E], of exact unit length if all rows were within 1 % of it, else as they are; and whether they were.
+    """
+    unit = bool(((features.norm(dim=1) - 1).abs() <= UNIT_LENGTH).all())
+    return (normalize(features, dim=1) if unit else features), unit
 
 
 def retrieval_metrics(
@@ -212,10 +251,12 @@ def retrieval_metrics(
         image_features: [N, E]. text_features: [M, E].
         image_ids: [N], text_ids: [M] int64; equal ids belong together.
     """
-    to_text, to_image = map(recalls, ranks_both_ways(image_features, text_features, image_ids, text_ids))
-    metrics = {f"image_to_text/{name}": value for name, value in to_text.items()}
-    metrics |= {f"text_to_image/{name}": value for name, value in to_image.items()}
-    return metrics | {"rsum": rsum(to_text, to_image)}
+    return _metrics(*ranks_both_ways(image_features, text_features, image_ids, text_ids))
+
+
+def score_metrics(scores: torch.Tensor, image_ids: torch.Tensor, text_ids: torch.Tensor) -> dict[str, float]:
+    """The same from given scores [N, M], images x captions, e.g. of an ensemble."""
+    return _metrics(ranks_from_scores(scores, image_ids, text_ids), ranks_from_scores(scores.T, text_ids, image_ids))
 
 
 def five_fold_1k(
@@ -230,17 +271,75 @@ def five_fold_1k(
     Raises:
         ValueError: the images do not divide into the folds.
     """
-    if len(image_ids) % folds:
+    return _mean(
+        retrieval_metrics(image_features[rows], text_features[texts], image_ids[rows], text_ids[texts])
+        for rows, texts in folds_of(image_ids, text_ids, folds)
+    )
+
+
+def five_fold_scores(
+    scores: torch.Tensor, image_ids: torch.Tensor, text_ids: torch.Tensor, folds: int = 5
+) -> dict[str, float]:
+    """The same from given scores [N, M], images x captions."""
+    return _mean(
+        score_metrics(scores[rows][:, texts], image_ids[rows], text_ids[texts])
+        for rows, texts in folds_of(image_ids, text_ids, folds)
+    )
+
+
+def folds_of(
+    image_ids: torch.Tensor, text_ids: torch.Tensor, folds: int = 5
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each fold its images, consecutive ones, and their captions: rows [N / folds] and [K], int64.
+
+    Raises:
+        ValueError: the images do not divide into the folds.
+    """
+    if folds < 1 or len(image_ids) % folds:
         raise ValueError(f"{len(image_ids)} images do not divide into {folds} folds.")
-    results = []
     for rows in torch.arange(len(image_ids)).chunk(folds):
-        texts = torch.isin(text_ids, image_ids[rows])
-        results.append(retrieval_metrics(image_features[rows], text_features[texts], image_ids[rows], text_ids[texts]))
-    return {name: sum(result[name] for result in results) / folds for name in results[0]}
+        yield rows, torch.isin(text_ids, image_ids[rows]).nonzero()[:, 0]
 
 
-def _encode_pixels(model: Any, pairs: RetrievalSet, options: dict[str, Any]) -> torch.Tensor:
-    def prepare(rows):
-        return {"pixel_values": pairs.pixels[list(rows)]}
+def _metrics(to_text: torch.Tensor, to_image: torch.Tensor) -> dict[str, float]:
+    to_text, to_image = recalls(to_text), recalls(to_image)
+    metrics = {f"image_to_text/{name}": value for name, value in to_text.items()}
+    metrics |= {f"text_to_image/{name}": value for name, value in to_image.items()}
+    return metrics | {"rsum": rsum(to_text, to_image)}
 
-    return encode(len(pairs), prepare, verb_of(model, "get_image_features"), name="pictures", **options)
+
+def _mean(results: Iterator[dict[str, float]]) -> dict[str, float]:
+    results = list(results)
+    return {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+
+
+def _identity(record: Any, row: int) -> tuple[str, str]:
+    """What two rows of one image have in common."""
+    if "image_id" not in record:
+        key = record.get("regions")
+        return ("regions", str(key)) if isinstance(key, str | int) else ("row", str(row))
+    image_id = record["image_id"]
+    if image_id is None or image_id != image_id or str(image_id) == "":  # NaN differs from itself
+        raise ValueError(
+            f"record {row} has no image_id ({image_id!r}). Fill it in, or leave the column out if every record is "
+            f"an image of its own."
+        )
+    return "image_id", str(image_id)
+
+
+def _apart(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The inputs of each image by itself, without the filling of its regions."""
+    rows = [dict(zip(inputs, values)) for values in zip(*inputs.values())]
+    if "region_mask" in inputs:
+        for row in rows:
+            regions = int(row["region_mask"].sum())  # real regions stand first
+            row |= {name: value[:regions].clone() for name, value in row.items() if name.startswith("region_")}
+    return rows
+
+
+def _together(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of images, regions filled up with zeros to the longest of it."""
+    return {
+        name: pad_sequence(values, batch_first=True) if name.startswith("region_") else torch.stack(values)
+        for name, values in ((name, [row[name] for row in rows]) for name in rows[0])
+    }

@@ -3,8 +3,9 @@
 A picture is prepared once, without randomness, so that the result can be cached. What is random is done to a whole batch of
 prepared pictures and drawn from a generator.
 
-CLIP, "Learning Transferable Visual Models From Natural Language Supervision" (https://arxiv.org/abs/2103.00020), section 2.5, and
-what small data sets need besides. R is the side of what the model sees. Depends on `hf_vlp.inputs.image_transforms`.
+CLIP, "Learning Transferable Visual Models From Natural Language Supervision" (https://arxiv.org/abs/2103.00020), section 2.5;
+VSE-infinity, "Learning the Best Pooling Strategy for Visual Semantic Embedding" (https://arxiv.org/abs/2011.04305); and what small
+data sets need besides. R is the side of what the model sees. Depends on `hf_vlp.inputs.image_transforms`.
 """
 
 import difflib
@@ -21,10 +22,13 @@ from hf_vlp.inputs.image_transforms import (
     CLIP_MEAN,
     CLIP_STD,
     centre_crop,
+    check_size,
     eight_bits,
+    in_channel_order,
     normalised,
     on_background,
     resize_picture,
+    squashed,
     to_rgb,
     to_tensor,
 )
@@ -41,19 +45,30 @@ def _spread(value: float, name: str, most: float = math.inf) -> None:
 
 
 @dataclass
-class RandomSquareCrop:
-    """A random square of the resized picture: CLIP's only augmentation (section 2.5).
+class _Augmentation:
+    """What every augmentation knows of the network.
 
-    size: R. mean, std: of the normalisation.
+    size: R. mean, std: of the normalisation of pixels from 0 to 1. channel_order: "rgb" or "bgr", of the network and of mean and std.
     """
 
     size: int
     mean: Sequence[float] = CLIP_MEAN
     std: Sequence[float] = CLIP_STD
+    channel_order: str = "rgb"
+
+    takes_mixed_sizes: ClassVar[bool] = False
+    default_margin: ClassVar[float | None] = 1.0  # of the canvas, in R; None: pictures keep their own size
+
+    def finished(self, pixels: torch.Tensor) -> torch.Tensor:
+        """RGB [..., 3, H, W] from 0 to 255 -> float32 as the network sees it; float32 is reused."""
+        return normalised(in_channel_order(pixels, self.channel_order), self.mean, self.std)
+
+
+@dataclass
+class RandomSquareCrop(_Augmentation):
+    """A random square of the resized picture: CLIP's only augmentation (section 2.5)."""
 
     takes_mixed_sizes: ClassVar[bool] = True
-    keeps_whole_picture: ClassVar[bool] = True
-    default_margin: ClassVar[float] = 1.0
 
     def __call__(self, images: torch.Tensor | Sequence[torch.Tensor], generator: torch.Generator) -> torch.Tensor:
         """uint8 [B, 3, h, w], or B of [3, h, w] with their own sizes -> float32 [B, 3, R, R].
@@ -69,18 +84,111 @@ class RandomSquareCrop:
         draws = torch.rand(room.shape, generator=generator, device=generator.device).cpu()
         corners = (draws * (room + 1)).long().minimum(room).tolist()
         crops = [image[:, y : y + self.size, x : x + self.size] for image, (y, x) in zip(images, corners, strict=True)]
-        return normalised(torch.stack(crops), self.mean, self.std)
+        return self.finished(torch.stack(crops))
+
+    @staticmethod
+    def lay_out(picture: Image.Image, canvas: int, resample: int) -> Image.Image:
+        """The whole picture, its shorter side `canvas` long."""
+        return resize_picture(picture, canvas, resample)
 
 
 @dataclass
-class RandomResizedCrop:
+class RandomCropSquash(_Augmentation):
+    """A random part of the picture with its proportions, squashed to R x R and mirrored half of the time: VSE-infinity's.
+
+    smallest: the part has between this and the whole of each side, the same share of both; 0.6 in the released code.
+    """
+
+    smallest: float = 0.6
+
+    takes_mixed_sizes: ClassVar[bool] = True
+    default_margin: ClassVar[float | None] = None
+
+    def __post_init__(self):
+        if not 0.0 < self.smallest <= 1.0:
+            raise ValueError(f"smallest={self.smallest} is no share of a side: give a number above 0, at most 1")
+
+    def __call__(
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        generator: torch.Generator | None = None,
+        *,
+        draws: Sequence[Sequence[float]] | None = None,
+    ) -> torch.Tensor:
+        """uint8 [B, 3, h, w], or B of [3, h, w] with their own sizes -> float32 [B, 3, R, R].
+
+        Args:
+            generator: to draw from, where draws are not given.
+            draws: per picture, in the order of the released code: a number in [0, 1) for the share; the pixels left of the part and those
+                above it, each only where the part is smaller than the picture; a number in [0, 1), above 0.5 to mirror.
+
+        Raises:
+            ValueError: neither generator nor draws, draws that do not fit the pictures, or a part without pixels.
+        """
+        if draws is None:
+            if generator is None:
+                raise ValueError("the augmentation needs a generator to draw from: give generator= or draws=")
+            draws = [None] * len(images)
+            numbers = torch.rand(len(images), 4, generator=generator, device=generator.device, dtype=torch.float64)
+        elif len(draws) != len(images):
+            raise ValueError(f"draws holds {len(draws)} lists for {len(images)} pictures: give one list a picture")
+        views = torch.empty(len(images), 3, self.size, self.size, device=images[0].device)
+        for row, (image, given) in enumerate(zip(images, draws, strict=True)):
+            given = self._draws(image, numbers[row].tolist()) if given is None else given
+            left, top, width, height, mirrored = self._part(image, given, row)
+            view = squashed(image[:, top : top + height, left : left + width], self.size, self.size)
+            views[row] = self.finished(view.flip(-1) if mirrored else view)
+        return views
+
+    def _sides(self, image: torch.Tensor, share: float) -> tuple[int, int]:
+        """Width and height of the part."""
+        ratio = self.smallest + (1 - self.smallest) * share
+        return int(image.shape[-1] * ratio), int(image.shape[-2] * ratio)
+
+    def _draws(self, image: torch.Tensor, numbers: Sequence[float]) -> list[float]:
+        """Four numbers in [0, 1) -> draws of the released code: an offset is below the room, so the last one is never taken."""
+        width, height = self._sides(image, numbers[0])
+        rooms = (image.shape[-1] - width, image.shape[-2] - height)
+        offsets = [int(number * room) for number, room in zip(numbers[1:3], rooms, strict=True) if room]
+        return [numbers[0], *offsets, numbers[3]]
+
+    def _part(self, image: torch.Tensor, draws: Sequence[float], row: int) -> tuple[int, int, int, int, bool]:
+        """Left, top, width and height of the part, and whether to mirror it."""
+        share, *offsets, mirror = draws
+        width, height = self._sides(image, share)
+        if not width or not height:
+            raise ValueError(
+                f"picture {row} of {image.shape[-1]} x {image.shape[-2]} pixels is too small to be cropped: leave it out"
+            )
+        rooms = (image.shape[-1] - width, image.shape[-2] - height)
+        if len(offsets) != sum(room > 0 for room in rooms) or not all(
+            0 <= offset < room for offset, room in zip(offsets, [room for room in rooms if room], strict=True)
+        ):
+            raise ValueError(
+                f"the offsets {offsets} of picture {row} do not fit: its part of {width} x {height} pixels leaves room for "
+                f"{rooms[0]} and {rooms[1]}"
+            )
+        offsets = [int(offset) for offset in offsets]
+        left = offsets.pop(0) if rooms[0] else 0
+        return left, offsets.pop() if rooms[1] else 0, width, height, mirror > 0.5
+
+    @staticmethod
+    def lay_out(picture: Image.Image, canvas: int | None, resample: int) -> Image.Image:
+        """The picture in RGB, each side longer than `canvas` shrunk to it: what follows sees shares of the sides only."""
+        picture = to_rgb(picture)
+        if canvas is None or max(picture.size) <= canvas:
+            return picture
+        return resize_picture(picture, (min(picture.width, canvas), min(picture.height, canvas)), resample)
+
+
+@dataclass
+class RandomResizedCrop(_Augmentation):
     """A random window of a square picture, resized to R, with optional turning, mirroring, colour changes and erasing.
 
     Inception's random resized crop where the window lies inside (scale up to 1); with a scale above 1 the window also reaches
     beyond the border, whose pixels are repeated, so that pictures that fill their frame are shifted and shrunk too.
     For small data sets; CLIP itself needs `RandomSquareCrop` only.
 
-    size: R. mean, std: of the normalisation.
     scale: smallest and largest area of the window, in areas of the picture.
     aspect: the window's width to height is drawn between 1 / (1 + aspect) and 1 + aspect, evenly in its logarithm.
     shift: the window moves up to this part of the picture's side further than it needs to stay inside.
@@ -89,9 +197,6 @@ class RandomResizedCrop:
     erasing_area: its smallest and largest part of the picture.
     """
 
-    size: int
-    mean: Sequence[float] = CLIP_MEAN
-    std: Sequence[float] = CLIP_STD
     scale: Sequence[float] = (0.9, 1.0)
     aspect: float = 0.0
     shift: float = 0.0
@@ -103,9 +208,7 @@ class RandomResizedCrop:
     erasing: float = 0.0
     erasing_area: Sequence[float] = (0.02, 0.2)
 
-    takes_mixed_sizes: ClassVar[bool] = False
-    keeps_whole_picture: ClassVar[bool] = False
-    default_margin: ClassVar[float] = 1.125
+    default_margin: ClassVar[float | None] = 1.125
     CHUNK: ClassVar[int] = 32  # pictures whose intermediate values fit a cache; twice as fast as all at once
     GREY: ClassVar[tuple[float, float, float]] = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
 
@@ -156,7 +259,7 @@ class RandomResizedCrop:
             offset = (mean_grey * (1 - contrast)).expand(-1, 3, 1)
             # each of the three changes is affine in the pixel: one matrix a picture
             views = torch.baddbmm(offset, bright * contrast * mix, views.flatten(2)).clamp_(0, 255).view_as(views)
-        return normalised(views, self.mean, self.std)
+        return self.finished(views)
 
     def _factors(self, count: int, generator: torch.Generator, device: torch.device) -> list[torch.Tensor]:
         """Factors of brightness, contrast and saturation, each [B, 1, 1]."""
@@ -195,13 +298,27 @@ class RandomResizedCrop:
             inside.append((place - centre[:, None]).abs() < half[:, None])  # [B, R]
         return inside[0][:, None, :, None] & inside[1][:, None, None, :] & chosen[:, None, None, None]
 
+    @staticmethod
+    def lay_out(picture: Image.Image, canvas: int, resample: int) -> Image.Image:
+        """The middle square of the picture, `canvas` long."""
+        return centre_crop(resize_picture(picture, canvas, resample), canvas, canvas)
 
-AUGMENTATIONS = {"random_square_crop": RandomSquareCrop, "random_resized_crop": RandomResizedCrop}
+
+AUGMENTATIONS = {
+    "random_square_crop": RandomSquareCrop,
+    "random_resized_crop": RandomResizedCrop,
+    "random_crop_squash": RandomCropSquash,
+}
 
 
 def build_augmentation(
-    name: str, size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD, **numbers: Any
-) -> RandomSquareCrop | RandomResizedCrop:
+    name: str,
+    size: int,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    channel_order: str = "rgb",
+    **numbers: Any,
+) -> RandomSquareCrop | RandomResizedCrop | RandomCropSquash:
     """The augmentation of that name.
 
     Raises:
@@ -209,13 +326,14 @@ def build_augmentation(
     """
     if name not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}")
-    known = [field.name for field in fields(AUGMENTATIONS[name]) if field.name not in ("size", "mean", "std")]
+    of_network = {field.name for field in fields(_Augmentation)}
+    known = [field.name for field in fields(AUGMENTATIONS[name]) if field.name not in of_network]
     for number in numbers:
         if number not in known:
             near = difflib.get_close_matches(number, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
             raise ValueError(f"the augmentation {name} has no number {number!r}: {hint}")
-    return AUGMENTATIONS[name](size, mean, std, **numbers)
+    return AUGMENTATIONS[name](size, mean, std, channel_order, **numbers)
 
 
 class TrainingTransform:
@@ -224,11 +342,12 @@ class TrainingTransform:
     `prepare`: a PIL image -> uint8 [3, h, w], always the same. `augment`: (uint8 [B, 3, h, w], generator) -> float32 [B, 3, R, R].
 
     Args:
-        image_processor: with `size`, `crop_size`, `resample`, `image_mean`, `image_std` as transformers' have, perhaps `background`
-            and `high_byte`.
+        image_processor: with `size`, `crop_size`, `resample`, `image_mean`, `image_std` as transformers' have, perhaps `do_rescale`,
+            `rescale_factor`, `channel_order`, `background` and `high_byte`.
         name: of the augmentation; CLIP's own if not given.
-        canvas: length to which the shorter side is resized; if not given R for `random_square_crop`, which keeps the longer side
-            whole, and 9/8 R for `random_resized_crop`, for which the middle square is cut out.
+        canvas: pixels to which a picture is reduced once; pictures kept in memory are as large. `random_square_crop`: length of the shorter
+            side, R if not given. `random_resized_crop`: of the middle square, 9/8 R if not given. `random_crop_squash`: longest side,
+            each axis on its own and antialiased; if not given pictures keep their size, as in the released code.
         numbers: of the augmentation.
 
     Raises:
@@ -239,9 +358,10 @@ class TrainingTransform:
         self, image_processor: Any, name: str = "random_square_crop", *, canvas: int | None = None, **numbers: Any
     ):
         side = _side(image_processor)
-        self.augment = build_augmentation(name, side, image_processor.image_mean, image_processor.image_std, **numbers)
-        self.canvas = round(side * self.augment.default_margin) if canvas is None else canvas
-        if self.canvas < side:
+        self.augment = build_augmentation(name, side, *_colours(image_processor), **numbers)
+        margin = self.augment.default_margin
+        self.canvas = round(side * margin) if canvas is None and margin is not None else canvas
+        if self.canvas is not None and self.canvas < side:
             raise ValueError(
                 f"canvas={self.canvas} is smaller than the {side} pixels the model sees: give {side} or more"
             )
@@ -255,11 +375,20 @@ class TrainingTransform:
         Raises:
             ValueError: no pixels, too many, or a mode without a way to RGB.
         """
+        check_size(*picture.size)
         picture = eight_bits(picture) if self.high_byte else picture
-        resized = resize_picture(on_background(picture, self.background), self.canvas, self.resample)
-        if not self.augment.keeps_whole_picture:
-            resized = centre_crop(resized, self.canvas, self.canvas)
-        return to_tensor(to_rgb(resized)).contiguous()
+        laid_out = self.augment.lay_out(on_background(picture, self.background), self.canvas, self.resample)
+        return to_tensor(to_rgb(laid_out)).contiguous()
+
+
+def _colours(image_processor: Any) -> tuple[Sequence[float], Sequence[float], str]:
+    """Mean and deviation of pixels from 0 to 1, and the order of the channels."""
+    factor = getattr(image_processor, "rescale_factor", 1 / 255) if getattr(image_processor, "do_rescale", True) else 1
+    # (pixel * factor - mean) / std, of pixels that were divided by 255
+    mean, std = (
+        [value / (255 * factor) for value in part] for part in (image_processor.image_mean, image_processor.image_std)
+    )
+    return mean, std, getattr(image_processor, "channel_order", "rgb")
 
 
 def _side(image_processor: Any) -> int:

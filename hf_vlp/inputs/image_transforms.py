@@ -1,7 +1,9 @@
-"""One picture to a tensor, with the numbers of the original.
+"""One picture to a tensor, with the numbers of the originals.
 
 CLIP, "Learning Transferable Visual Models From Natural Language Supervision" (https://arxiv.org/abs/2103.00020), the evaluation
-transform of the released code. Pictures are PIL images; R is the side of what the model sees. Depends on Pillow, numpy and torch.
+transform of the released code; VSE-infinity, "Learning the Best Pooling Strategy for Visual Semantic Embedding"
+(https://arxiv.org/abs/2011.04305), what the released code does to raw pictures.
+Pictures are PIL images; R is the side of what the model sees. Depends on Pillow, numpy and torch.
 """
 
 from collections.abc import Sequence
@@ -10,9 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+DETECTOR_MEAN = (102.9801, 115.9465, 122.7717)  # blue, green, red from 0 to 255: of Caffe's detectors
+CHANNEL_ORDERS = ("rgb", "bgr")
 
 # Where Pillow takes a file for a decompression bomb: twice a quarter of a GiB of RGB.
 MAX_PIXELS = 2 * (1024 * 1024 * 1024 // 4 // 3)
@@ -213,3 +220,29 @@ def clip_eval(
     """
     cropped = centre_crop(resize_picture(picture, size, resample), size, size)
     return normalised(to_tensor(to_rgb(cropped)), mean, std)
+
+
+def squashed(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """VSE-infinity's resizing: pixels [..., C, h, w] -> float32 [..., C, height, width], each axis on its own.
+
+    Bilinear between half-pixel centres, without antialiasing and without rounding, as OpenCV resizes float32.
+
+    Raises:
+        ValueError: either size is refused by `check_size`.
+    """
+    check_size(pixels.shape[-1], pixels.shape[-2])
+    check_size(width, height, f"the picture of {pixels.shape[-1]} x {pixels.shape[-2]} pixels, once resized,")
+    batch = pixels.to(torch.float32).reshape(-1, *pixels.shape[-3:])
+    batch = functional.interpolate(batch, (height, width), mode="bilinear", align_corners=False, antialias=False)
+    return batch.reshape(*pixels.shape[:-2], height, width)
+
+
+def in_channel_order(pixels: torch.Tensor, order: str) -> torch.Tensor:
+    """RGB pixels [..., 3, H, W] with their channels in `order`, "rgb" or "bgr".
+
+    Raises:
+        ValueError: another order.
+    """
+    if order not in CHANNEL_ORDERS:
+        raise ValueError(f"channel_order={order!r} is unknown: choose one of {', '.join(map(repr, CHANNEL_ORDERS))}")
+    return pixels.flip(-3) if order == "bgr" else pixels

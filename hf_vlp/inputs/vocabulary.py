@@ -1,8 +1,11 @@
-"""Vocabularies in CLIP's layout: byte pairs with an end-of-word mark, the two special tokens last.
+"""Vocabularies trained on captions or read from an original's table: byte pairs in CLIP's layout, word pieces in BERT's.
 
-CLIP, "Learning Transferable Visual Models From Natural Language Supervision" (https://arxiv.org/abs/2103.00020), section 2.4.
-The result is transformers' own `CLIPTokenizer`, which saves and loads without this package. It does not clean its text:
-`hf_vlp.inputs.text_cleaning.clean_clip_text` comes first (`VlpClipProcessor` does it).
+Byte pairs have an end-of-word mark, and the two special tokens come last: CLIP, "Learning Transferable Visual Models From Natural
+Language Supervision" (https://arxiv.org/abs/2103.00020), section 2.4. The result is transformers' own `CLIPTokenizer`, which saves and
+loads without this package. It does not clean its text: `hf_vlp.inputs.text_cleaning.clean_clip_text` comes first (`VlpClipProcessor`
+does it).
+Word pieces: "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding" (https://arxiv.org/abs/1810.04805),
+section 3; transformers' `BertTokenizer`. Whole words are in `hf_vlp.inputs.word_tokenizer`.
 """
 
 import gzip
@@ -14,10 +17,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
 END_OF_WORD = "</w>"
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
+PIECE_PREFIX = "##"  # of a piece that continues a word
+BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The released table lists 262,144 merges; the vocabulary of 49,408 uses the first of them.
 MAX_MERGES = 49408 - 2 * 256 - len(SPECIAL_TOKENS)
 # A merge table is text of a few megabytes; a gzip file may unfold to a thousand times its size.
@@ -109,6 +114,53 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int)
     )
     tokenizer.train_from_iterator(texts, trainer)
     return _tokenizer([tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]], max_length)
+
+
+def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> BertTokenizer:
+    """A tokenizer of lower-case word pieces trained on captions, in the layout of bert-base-uncased.
+
+    The entries are `[PAD]` 0, `[UNK]` 1, `[CLS]` 2, `[SEP]` 3, `[MASK]` 4, the characters of the texts, those that continue a word once
+    more as pieces, then what the trainer joins. The same texts in the same order give the same vocabulary. It is smaller than asked for
+    where the texts hold too few pairs of pieces that occur twice. The text of a special token inside a caption is ordinary text
+    (`split_special_tokens`), as in VSE-infinity.
+
+    Args:
+        texts: captions.
+        vocab_size: entries.
+        max_length: longest text in tokens, `[CLS]` and `[SEP]` included; kept as `model_max_length`.
+
+    Raises:
+        ValueError: `vocab_size` is below the special tokens and characters alone, or `max_length` leaves no room for a word.
+    """
+    if max_length < 3:
+        raise ValueError(f"max_length={max_length} leaves no room for a word between [CLS] and [SEP]: give 3 or more")
+    options = {"model_max_length": max_length, "split_special_tokens": True}
+    pattern = BertTokenizer(**options).backend_tokenizer
+    texts = list(texts)
+    words = {
+        word
+        for text in texts
+        for word, _ in pattern.pre_tokenizer.pre_tokenize_str(pattern.normalizer.normalize_str(text))
+    }
+    symbols = sorted({character for word in words for character in word})
+    symbols += sorted({PIECE_PREFIX + character for word in words for character in word[1:]})
+    bare = len(BERT_SPECIAL_TOKENS) + len(symbols)
+    if vocab_size < bare:
+        raise ValueError(
+            f"vocab_size={vocab_size} is below {bare}, the characters of the texts and special tokens alone: give {bare} or more"
+        )
+    tokenizer = Tokenizer(models.WordPiece(unk_token=BERT_SPECIAL_TOKENS[1]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = pattern.normalizer, pattern.pre_tokenizer
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,  # a pair seen once teaches nothing about the next text
+        # named here for the reason given in train_clip_tokenizer
+        special_tokens=[*BERT_SPECIAL_TOKENS, *symbols],
+        continuing_subword_prefix=PIECE_PREFIX,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return BertTokenizer(vocab=tokenizer.get_vocab(), **options)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -55,7 +55,7 @@ def train(
     inner, progress = accelerator.unwrap_model(model), stream.progress
     after_step = getattr(inner, "after_step", lambda: None)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    meter = Meter(accelerator, inner)
+    meter = Meter(accelerator, inner, getattr(stream.sampler, "batch_size", None))
     metrics = None
 
     def evaluated() -> dict[str, float] | None:

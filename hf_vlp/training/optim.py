@@ -19,15 +19,15 @@ def parameter_groups(
     lr: float,
     weight_decay: float,
     *,
+    decay: str = "matrices",
     no_decay: list[str] | tuple[str, ...] = (),
     lr_factors: dict[str, float] | None = None,
     layer_decay: float = 1.0,
 ) -> list[dict]:
     """The trainable parameters, grouped by weight decay and learning rate.
 
-    Norms, biases, scales and single vectors (fewer than two dimensions) never decay.
-
     Args:
+        decay: "matrices" spares norms, biases, scales and single vectors (fewer than two dimensions) the decay, "all" does not.
         no_decay: regular expressions searched in the parameter names; matching weights do not decay either.
         lr_factors: regular expression -> factor on the rate; where several match, the factors multiply.
         layer_decay: factor on the rate for every block between a parameter and the top of its tower; a tower is what
@@ -48,7 +48,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim >= 2 and not any(re.search(pattern, name) for pattern in no_decay)
+        decays = (decay == "all" or parameter.ndim >= 2) and not any(re.search(pattern, name) for pattern in no_decay)
         factor = math.prod(value for pattern, value in lr_factors.items() if re.search(pattern, name))
         factor *= layer_decay ** depth[name]
         key = (weight_decay if decays else 0.0, lr * factor)
@@ -67,6 +67,7 @@ def optimizer_of(model: nn.Module, recipe: OptimizerRecipe, pairs: int) -> torch
         model,
         scaled_rate(recipe.lr, batch=pairs, lr_batch=recipe.lr_batch, rule=recipe.lr_rule),
         recipe.weight_decay,
+        decay=recipe.decay,
         no_decay=recipe.no_decay,
         lr_factors=recipe.lr_factors,
         layer_decay=recipe.layer_decay,
@@ -114,44 +115,47 @@ def scaled_rate(lr: float, *, batch: int, lr_batch: int | None, rule: str) -> fl
 
 
 def rate_factor(
-    step: int, *, name: str, total_steps: int, warmup_steps: int = 0, power: float = 1.0, end_factor: float = 0.0
-) -> float:
-    """The factor on the peak rate at optimizer step `step` (from 0): linear warm-up from 0, then down to `end_factor`.
-
-    "cosine": half a cosine wave; "linear"; "polynomial": (1 - progress) ** power; "constant": 1. With `end_factor` 0
-    the values are those of the transformers schedules of the same names.
-    """
-    if step < warmup_steps:
-        return step / max(1, warmup_steps)
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    if name == "constant":
-        return 1.0
-    if name == "cosine":
-        falling = 0.5 * (1.0 + math.cos(math.pi * progress))
-    elif name in ("linear", "polynomial"):
-        falling = (1.0 - progress) ** (power if name == "polynomial" else 1.0)
-    else:
-        raise ValueError(f"schedule {name!r}: expected cosine, linear, polynomial or constant")
-    return end_factor + (1.0 - end_factor) * falling
-
-
-def schedule(
-    optimizer: torch.optim.Optimizer,
+    step: int,
     *,
     name: str,
     total_steps: int,
     warmup_steps: int = 0,
     power: float = 1.0,
     end_factor: float = 0.0,
+    milestones: list[float] | tuple[float, ...] = (),
+    gamma: float = 0.1,
+) -> float:
+    """The factor on the peak rate at optimizer step `step` (from 0): linear warm-up from 0, then down to `end_factor`.
+
+    "cosine": half a cosine wave; "linear"; "polynomial": (1 - progress) ** power; "constant": 1; "step": `gamma` to the number of
+    `milestones`, parts of the whole run, that are reached. With `end_factor` 0 the values are those of the transformers schedules of the
+    same names.
+    """
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    if name == "constant":
+        return 1.0
+    if name == "step":
+        return gamma ** sum(step >= round(part * total_steps) for part in milestones)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if name == "cosine":
+        falling = 0.5 * (1.0 + math.cos(math.pi * progress))
+    elif name in ("linear", "polynomial"):
+        falling = (1.0 - progress) ** (power if name == "polynomial" else 1.0)
+    else:
+        raise ValueError(f"schedule {name!r}: expected cosine, linear, polynomial, constant or step")
+    return end_factor + (1.0 - end_factor) * falling
+
+
+def schedule(
+    optimizer: torch.optim.Optimizer, *, name: str, total_steps: int, warmup_steps: int = 0, **numbers
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """`rate_factor` as a scheduler, to be stepped once for each optimizer step."""
-    if warmup_steps >= total_steps and name != "constant":
+    """`rate_factor` as a scheduler, to be stepped once for each optimizer step; `numbers` are further ones of it."""
+    if warmup_steps >= total_steps and name not in ("constant", "step"):
         raise ValueError(f"schedule.warmup_steps = {warmup_steps}: expected fewer than the run's {total_steps} steps")
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: rate_factor(
-            step, name=name, total_steps=total_steps, warmup_steps=warmup_steps, power=power, end_factor=end_factor
-        ),
+        lambda step: rate_factor(step, name=name, total_steps=total_steps, warmup_steps=warmup_steps, **numbers),
     )
 
 

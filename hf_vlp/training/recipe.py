@@ -23,38 +23,51 @@ class RecipeError(ValueError):
 
 @dataclass
 class ModelRecipe:
-    """Which model: `model_type` with a `config` for random weights, or the folder `from_pretrained`."""
+    """Which model: `model_type` with a `config` for random weights, or the folder `from_pretrained`.
+
+    `towers`: parts of a new model that start from pretrained weights, e.g. `{text_model: google-bert/bert-base-uncased}`; the value is
+    a folder or Hub id that `AutoModel.from_pretrained` loads.
+    """
 
     model_type: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    towers: dict[str, str] = field(default_factory=dict)
     from_pretrained: str | None = None
 
     def __post_init__(self):
         if (self.model_type is None) == (self.from_pretrained is None):
             raise RecipeError("model: give exactly one of model.model_type (random weights) and model.from_pretrained")
+        if self.towers and self.from_pretrained:
+            raise RecipeError("model.towers: the model of model.from_pretrained has its towers; leave one of the two out")
 
 
 @dataclass
 class ProcessorRecipe:
-    """What turns pictures and captions into tensors: a saved processor, or one made for this run.
+    """What turns images and captions into tensors: a saved processor, or one made for this run.
 
     `from_pretrained`: a saved processor (default with `model.from_pretrained`: that folder). `tokenizer`: a tokenizer
-    folder, or a merges file in the layout of CLIP's `bpe_simple_vocab_16e6.txt.gz`. Without either a byte-level
-    vocabulary of `vocabulary_size` (4096) entries is trained on the captions. `max_length` (77): tokens with both marks.
+    folder or Hub id, a merges file in the layout of CLIP's `bpe_simple_vocab_16e6.txt.gz`, or a `vocab.json` of words in VSE-infinity's
+    layout. Without either a `vocabulary` is trained on the captions: "byte_pairs" in CLIP's layout, "word_pieces" in BERT's, of
+    `vocabulary_size` (4096) entries, or whole "words" seen at least `minimum_count` (4) times. `max_length`: tokens with both
+    marks, 77 for byte pairs; else the tokenizer's own limit, if it has one.
     `image_processor`: further arguments of the image processor (the size comes from the model's config).
-    A saved processor has its tokenizer: `tokenizer` and `vocabulary_size` beside it are an error; `max_length`,
-    `text_cleaning` and `image_processor` override what was saved.
+    A saved processor has its tokenizer: `tokenizer`, `vocabulary`, `vocabulary_size` and `minimum_count` beside it are an error;
+    `max_length`, `text_cleaning` and `image_processor` override what was saved.
     """
 
     from_pretrained: str | None = None
     tokenizer: str | None = None
+    vocabulary: Literal["byte_pairs", "word_pieces", "words"] | None = None
     vocabulary_size: int | None = None
+    minimum_count: int | None = None
     max_length: int | None = None
     text_cleaning: Literal["clip", "none"] | None = None
     image_processor: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        _at_least("processor", self, vocabulary_size=1, max_length=3)
+        _at_least("processor", self, vocabulary_size=1, minimum_count=1, max_length=3)
+        if self.minimum_count is not None and self.vocabulary != "words":
+            raise RecipeError("processor.minimum_count: only a vocabulary of words counts them; set processor.vocabulary to words")
 
 
 @dataclass
@@ -71,6 +84,24 @@ class ExtraTextRecipe:
 
 
 @dataclass
+class SizeAugmentationRecipe:
+    """Elements of a set left out while training, so that pooling by learned weights meets sets of many sizes (VSE-infinity).
+
+    `captions`: share of the words that are masked, replaced or deleted. `regions`: share of the regions dropped. `grid`: largest share
+    of the cells dropped. The paper's is 0.2 for each; 0 leaves that side alone.
+    """
+
+    captions: float = 0.0
+    regions: float = 0.0
+    grid: float = 0.0
+
+    def __post_init__(self):
+        for name in ("captions", "regions", "grid"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RecipeError(f"data.size_augmentation.{name} = {getattr(self, name)}: expected a share from 0 to below 1")
+
+
+@dataclass
 class DataRecipe:
     """The pairs. `train`, `validation`, `test`: a .parquet, .jsonl, .json, .csv or .tsv file, an image folder or a Hub
     id (with `*_split`). Karpathy's `dataset_coco.json` or `dataset_flickr30k.json` can stand for all three, with
@@ -78,7 +109,8 @@ class DataRecipe:
 
     `columns` renames the file's columns to the record's (`image`, `captions`, `image_id`; `captions` may join several).
     `augmentation`: `name`, `canvas` and the numbers of a `TrainingTransform` of `hf_vlp.inputs.image_augmentations`; empty
-    is CLIP's own random square crop. `cache` keeps the decoded uint8 pictures in memory. `first_caption`: always the
+    is CLIP's own random square crop. `regions`: a region store, whose regions stand for the pictures; a record's `regions`, else its
+    `image_id`, is its key there. `cache` keeps the decoded uint8 pictures in memory. `first_caption`: always the
     first of several instead of a drawn one.
     """
 
@@ -93,8 +125,17 @@ class DataRecipe:
     extra_text: ExtraTextRecipe | None = None
     first_caption: bool = False
     augmentation: dict[str, Any] = field(default_factory=dict)
+    regions: str | None = None
+    size_augmentation: SizeAugmentationRecipe = field(default_factory=SizeAugmentationRecipe)
     cache: bool = False
     on_bad_record: Literal["raise", "skip"] = "raise"
+
+    def __post_init__(self):
+        if self.regions is None and self.size_augmentation.regions:
+            raise RecipeError("data.size_augmentation.regions: there are no regions without data.regions, a region store")
+        for name in ("augmentation", "cache"):
+            if self.regions is not None and getattr(self, name):
+                raise RecipeError(f"data.{name} is for pictures, and data.regions takes their place: leave one of the two out")
 
 
 @dataclass
@@ -103,13 +144,15 @@ class OptimizerRecipe:
 
     `lr` holds for `lr_batch` pairs a step where that is given and is scaled by `lr_rule` to the run's own batch.
     `lr_factors` multiplies the rate of the matching parameters; `layer_decay` multiplies it once more for every block
-    between a parameter and the top of its tower; `no_decay` adds to norms, biases and scales, which never decay.
+    between a parameter and the top of its tower; `no_decay` adds to norms, biases and scales, which do not decay unless
+    `decay` is "all".
     """
 
     lr: float = 5e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-6
     weight_decay: float = 0.2
+    decay: Literal["matrices", "all"] = "matrices"
     no_decay: list[str] = field(default_factory=list)
     lr_batch: int | None = None
     lr_rule: Literal["linear", "sqrt"] = "linear"
@@ -125,15 +168,45 @@ class OptimizerRecipe:
 
 @dataclass
 class ScheduleRecipe:
-    """The factor on the learning rate: linear warm-up, then `name` down to `end_factor`."""
+    """The factor on the learning rate: linear warm-up, then `name` down to `end_factor`.
 
-    name: Literal["cosine", "linear", "polynomial", "constant"] = "cosine"
+    "step" multiplies by `gamma` at each of the `milestones`, which are parts of the whole run (0.6: after 60 % of the steps).
+    """
+
+    name: Literal["cosine", "linear", "polynomial", "constant", "step"] = "cosine"
     warmup_steps: int = 0
     power: float = 1.0
     end_factor: float = 0.0
+    milestones: list[float] = field(default_factory=list)
+    gamma: float = 0.1
 
     def __post_init__(self):
-        _at_least("schedule", self, warmup_steps=0, power=0, end_factor=0)
+        _at_least("schedule", self, warmup_steps=0, power=0, end_factor=0, gamma=0)
+        if bool(self.milestones) != (self.name == "step") or not all(0 < part < 1 for part in self.milestones):
+            raise RecipeError(
+                f"schedule.milestones = {self.milestones}: expected parts of the run between 0 and 1 with schedule.name = step, "
+                "and none with another"
+            )
+
+
+@dataclass
+class RampRecipe:
+    """A number that changes while training: `values` at the places `at`, counted in `unit` from the start of the run.
+
+    "step" holds each value until the next place, "linear" goes evenly from one to the next; a place named twice is a jump. The last
+    value stays. Epochs count parts too: 0.5 is the middle of the first.
+    """
+
+    at: list[float]
+    values: list[float]
+    unit: Literal["steps", "epochs"] = "epochs"
+    shape: Literal["step", "linear"] = "step"
+
+    def __post_init__(self):
+        if not self.at or len(self.at) != len(self.values) or sorted(self.at) != self.at or self.at[0] < 0:
+            raise RecipeError(
+                f"ramps: at = {self.at} and values = {self.values}: expected as many rising places, from 0 on, as values"
+            )
 
 
 @dataclass
@@ -181,7 +254,7 @@ class TrainingRecipe:
 
 @dataclass
 class Recipe:
-    """One run, whole."""
+    """One run, whole. `ramps`: `loss_factor`, which multiplies the gradient, and what the model names in its `ramps()`."""
 
     model: ModelRecipe
     data: DataRecipe
@@ -190,6 +263,7 @@ class Recipe:
     processor: ProcessorRecipe = field(default_factory=ProcessorRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    ramps: dict[str, RampRecipe] = field(default_factory=dict)
     trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self):

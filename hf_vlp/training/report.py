@@ -103,7 +103,8 @@ def draw_curves(metrics: str | Path, output: str | Path) -> Path:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     losses, recalls, rates = figure.subplots(1, 3)
     steps = [line["step"] for line in trained]
-    terms = [name for name in (trained[0] if trained else {}) if name not in _NOT_LOSSES and "scale" not in name]
+    hidden = ("scale", "ramp/")
+    terms = [name for name in (trained[0] if trained else {}) if name not in _NOT_LOSSES and not any(h in name for h in hidden)]
     # with a single term the total says nothing new
     for name in [name for name in terms if name != "loss" or len(terms) != 2]:
         losses.plot(steps, [line.get(name, math.nan) for line in trained], label=name, linewidth=0.8)

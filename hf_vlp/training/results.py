@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from hf_vlp.evaluation.encoding import PictureError, takes_regions
 from hf_vlp.evaluation.provenance import command, conditions, shortened
 from hf_vlp.evaluation.retrieval import RetrievalReport, RetrievalSet, evaluate_retrieval
 from hf_vlp.training.recipe import Recipe
@@ -62,16 +63,25 @@ class HeldOut:
         ]
 
     def draw_sheet(self, output: str | Path, rows: int = 12) -> Path | None:
-        """Captions of the last split, evenly chosen, with their five best pictures; None without a split."""
+        """Captions of the last split, evenly chosen, with their five best pictures.
+
+        None without a split, and for a model that sees regions whose records give no pictures to show.
+        """
         if not self.reports:
             return None
         split, report = list(self.reports.items())[-1]
-        pictures = self.splits[split]
-        found = report.top(min(5, len(pictures)))
+        images = self.splits[split]
+        found = report.top(min(5, len(images)))
         found = found[:: max(1, len(found) // rows)][:rows]
+        try:
+            pictures = [[images[index]["image"] for index in indices] for _, _, indices in found]
+        except PictureError:
+            if takes_regions(self.processor):
+                return None
+            raise
         return draw_retrieval(
             [text for text, _, _ in found],
-            [[pictures[index]["image"] for index in indices] for _, _, indices in found],
+            pictures,
             [[index == own for index in indices] for _, own, indices in found],
             output,
         )

@@ -16,10 +16,12 @@ from hf_vlp.models.clip.configuration_clip import (
     VlpClipTextConfig,
     VlpClipVisionConfig,
 )
+from hf_vlp.models.vse.configuration_vse import VlpVseConfig, VlpVseGridConfig, VlpVseGruConfig
 
 VOCABULARY, START, END = 40, 38, 39  # the end token also pads
 CLASSES = 5
 WORDS = (3, 30)  # ids of ordinary words
+REGION = 12  # width of a region's features
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Row:
     """A class in one variant.
 
     model: "module:Class" as in `hf_vlp.auto.TABLE`. config: builds the tiny configuration. inputs: batch keys of the forward.
-    size: side R of its images, other_size: a height and width that is not the trained one. lora: projections that adapters replace.
+    size: side R of its images, other_size: a height and width that is not the trained one. cell: pixels along a cell of its grid.
+    attention: False where no layer attends. unit: False where the configuration leaves embeddings as long as they are.
+    lora: projections that adapters replace.
     recorded: path in the output -> number of (hidden states, attention maps) that are recorded there.
     checkpoints: names of the classes that checkpoint themselves. no_gradient: ends of names whose gradient is zero by algebra
     (a key bias shifts all scores of a query alike).
@@ -39,6 +43,9 @@ class Row:
     inputs: tuple[str, ...]
     size: int = 32
     other_size: tuple[int, int] = (40, 48)
+    cell: int = 32
+    attention: bool = True
+    unit: bool = True
     lora: tuple[str, ...] = ("q_proj", "v_proj")
     recorded: dict[str, tuple[int, int]] = field(default_factory=dict)
     checkpoints: tuple[str, ...] = ("Block",)
@@ -67,6 +74,19 @@ class Row:
         return "pixel_values" in self.inputs
 
     @property
+    def has_regions(self) -> bool:
+        return "region_features" in self.inputs
+
+    @property
+    def has_pair(self) -> bool:
+        return self.has_text and (self.has_image or self.has_regions)
+
+    @property
+    def image_inputs(self) -> tuple[str, ...]:
+        """Batch keys of the image side."""
+        return tuple(name for name in self.inputs if name.startswith(("pixel", "region", "grid")))
+
+    @property
     def own_text_tower(self) -> bool:
         return self.has_text and self.config().get_text_config().model_type.startswith("vlp_")
 
@@ -88,7 +108,10 @@ class Row:
         return model.eval()
 
     def batch(self, seed: int = 1, rows: int = 4, size: tuple[int, int] | None = None) -> dict[str, torch.Tensor]:
-        """Random inputs: texts of different lengths padded on the right to 10, pictures, and what the class asks for besides."""
+        """Random inputs: texts of different lengths padded on the right to 10, pictures or regions, and what the class asks for besides.
+
+        Real regions and cells stand in front but for one row each, with a hole; padding is zero.
+        """
         draw = torch.Generator().manual_seed(seed)
         made = {}
         if self.has_text:
@@ -101,11 +124,25 @@ class Row:
         if self.has_image:
             height, width = size or (self.size, self.size)
             made["pixel_values"] = torch.randn(rows, 3, height, width, generator=draw)
+            if "grid_mask" in self.inputs:
+                made["grid_mask"] = self.sets((height // self.cell) * (width // self.cell), rows)
+        if self.has_regions:
+            made["region_mask"] = self.sets(6, rows)
+            features = torch.randn(rows, 6, REGION, generator=draw)
+            made["region_features"] = features * made["region_mask"].unsqueeze(-1)
         if "image_ids" in self.inputs:
             made["image_ids"] = torch.tensor([7, 7, 8, 9, 10, 11])[:rows]
         if "labels" in self.inputs:
             made["labels"] = torch.randint(CLASSES, (rows,), generator=draw)
         return made
+
+    @staticmethod
+    def sets(longest: int, rows: int) -> torch.Tensor:
+        """A mask [rows, longest] of sets of different sizes."""
+        sizes = longest - torch.tensor([0, 2, 1, 0, 1, 2])[:rows]
+        mask = (torch.arange(longest)[None, :] < sizes[:, None]).long()
+        mask[0, 1] = 0
+        return mask
 
 
 def text_config() -> VlpClipTextConfig:
@@ -153,6 +190,25 @@ def pair_config(text=text_config, vision=vision_config, **fields) -> Callable[[]
     return build
 
 
+def grid_config() -> VlpVseGridConfig:
+    return VlpVseGridConfig(
+        embedding_size=8, depths=(1, 2, 1), hidden_sizes=(16, 24, 32), bottleneck_sizes=(8, 8, 12), image_size=32
+    )
+
+
+def gru_config() -> VlpVseGruConfig:
+    return VlpVseGruConfig(vocab_size=VOCABULARY, embedding_size=20, hidden_size=24, num_hidden_layers=2)
+
+
+def vse_config(text=bert_config, vision=None, **fields) -> Callable[[], VlpVseConfig]:
+    def build() -> VlpVseConfig:
+        tower = vision() if callable(vision) else vision
+        sizes = {"region_size": REGION, "projection_dim": 24, "position_size": 8, "pooling_size": 6}
+        return VlpVseConfig(text_config=text(), vision_config=tower, **sizes, **fields)
+
+    return build
+
+
 RESNET = {"size": 64, "other_size": (96, 64), "checkpoints": ("Block", "Bottleneck")}
 FOREIGN = {"lora": ("query", "value"), "checkpoints": ("BertLayer",)}
 PAIR = ("input_ids", "attention_mask", "pixel_values")
@@ -161,6 +217,13 @@ TIMM = "timm/test_resnet"
 
 MODEL, PRETRAINING = "clip.modeling_clip:VlpClipModel", "clip.modeling_clip:VlpClipForPreTraining"
 CLASSIFIER = "clip.tasks_clip:VlpClipForImageClassification"
+VSE, VSE_PRETRAINING = "vse.modeling_vse:VlpVseModel", "vse.modeling_vse:VlpVseForPreTraining"
+REGIONS = ("input_ids", "attention_mask", "region_features", "region_mask")
+NONORM = {"normalize_image": False, "normalize_text": False}
+SMALL = {"size": 64, "other_size": (96, 64)}
+GRID = {"size": 32, "other_size": (48, 32), "cell": 16, "checkpoints": ("StridedBottleneck",)}
+BERT = {"lora": ("query", "value"), "checkpoints": ("BertLayer",)}
+GRU = {"attention": False, "lora": ("embeddings", "visual_projection")}
 
 ROWS = [
     Row(
@@ -212,4 +275,54 @@ ROWS = [
         other_size=(96, 64),
         checkpoints=("Bottleneck",),
     ),
+    Row(
+        "vse.modeling_vse:VlpVseGridModel",
+        "caffe",
+        grid_config,
+        ("pixel_values",),
+        recorded={"": (5, 0)},
+        **GRID,
+        attention=False,
+        lora=("conv1", "conv3"),
+    ),
+    Row(
+        "vse.modeling_vse:VlpVseGruModel",
+        "two-layers",
+        gru_config,
+        ("input_ids", "attention_mask"),
+        attention=False,
+        lora=("embeddings",),
+        checkpoints=(),
+    ),
+    Row(VSE, "region-bert", vse_config(), REGIONS, **BERT),
+    Row(VSE, "grid-gru", vse_config(gru_config, grid_config), (*PAIR, "grid_mask"), **GRID, **GRU),
+    Row(VSE, "nonorm", vse_config(gru_config, **NONORM), REGIONS, unit=False, checkpoints=(), **GRU),
+    Row(VSE, "bert-timm", vse_config(bert_config, TIMM), PAIR, **SMALL, **BERT),
+    Row(VSE_PRETRAINING, "region-bert", vse_config(), (*REGIONS, "image_ids"), **BERT),
+    Row(VSE_PRETRAINING, "region-gru", vse_config(gru_config), (*REGIONS, "image_ids"), checkpoints=(), **GRU),
+    Row(
+        VSE_PRETRAINING,
+        "grid-bert",
+        vse_config(bert_config, grid_config, contrastive_targets="plain"),
+        PAIR,
+        **GRID | {"checkpoints": ("StridedBottleneck", "BertLayer")},
+        lora=("query", "value"),
+    ),
+    Row(
+        VSE_PRETRAINING,
+        "grid-gru",
+        vse_config(gru_config, grid_config, hardest_negatives=0.5),
+        (*PAIR, "grid_mask", "image_ids"),
+        **GRID,
+        **GRU,
+    ),
+    Row(
+        VSE_PRETRAINING,
+        "nonorm",
+        vse_config(region_norm_rows="all", hardest_negatives=0, **NONORM),
+        (*REGIONS, "image_ids"),
+        unit=False,
+        **BERT,
+    ),
+    Row(VSE_PRETRAINING, "bert-timm", vse_config(bert_config, TIMM), (*PAIR, "image_ids"), **SMALL, **BERT),
 ]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForPreTraining, BertModel
 
 from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining, VlpClipModel, VlpClipTextModel, VlpClipVisionModel
-from tests.contract.rows import END, ROWS, bert_config, text_config, vision_config
+from hf_vlp.models.vse.modeling_vse import VlpVseForPreTraining, VlpVseGridModel, VlpVseGruModel, VlpVseModel
+from tests.contract.rows import END, REGION, ROWS, bert_config, text_config, vision_config
 
 
 def row(name):
@@ -145,7 +147,8 @@ def test_heads_that_do_not_fit():
 
 def test_the_checkpoint_of_another_architecture(tmp_path):
     BertModel(bert_config()).save_pretrained(tmp_path)
-    for model_class in (VlpClipModel, VlpClipForPreTraining, VlpClipTextModel, VlpClipVisionModel):
+    vse = (VlpVseModel, VlpVseForPreTraining, VlpVseGridModel, VlpVseGruModel)
+    for model_class in (VlpClipModel, VlpClipForPreTraining, VlpClipTextModel, VlpClipVisionModel, *vse):
         with pytest.raises(ValueError, match=f"model_type 'bert', {model_class.config_class.__name__} describes"):
             model_class.from_pretrained(tmp_path)
 
@@ -188,3 +191,110 @@ def test_a_configuration_that_does_not_fit_the_weights(folder, tmp_path):
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModel.from_pretrained(tmp_path / "other")
+
+
+# VSE-infinity
+
+
+@pytest.fixture(scope="module")
+def regions():
+    return row("VlpVseForPreTraining-region-gru").build()
+
+
+@pytest.fixture(scope="module")
+def grid():
+    return row("VlpVseForPreTraining-grid-gru").build()
+
+
+def calls_with_images(model, batch):
+    """Everything that takes the image side."""
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    base = model.base_model
+    images = (base.encode_image, base.get_image_features, model.get_image_features)
+    pairs = (base, model, base.score_pairs, model.score_pairs)
+    return [*images, *(partial(call, **texts) for call in pairs)]
+
+
+def test_the_other_side_of_images_than_the_model_takes(regions, grid):
+    batch = row("VlpVseForPreTraining-region-gru").batch()
+    features, pixels = {"region_features": batch["region_features"]}, {"pixel_values": torch.zeros(4, 3, 32, 32)}
+    for call in calls_with_images(regions, batch):
+        call(**features)
+        with pytest.raises(ValueError, match="this model sees regions: give region_features"):
+            call(**pixels)
+    for call in calls_with_images(grid, batch):
+        call(**pixels)
+        with pytest.raises(ValueError, match="this model sees pixels: give pixel_values"):
+            call(**features)
+
+
+def test_region_features_of_a_wrong_shape(regions):
+    batch = row("VlpVseForPreTraining-region-gru").batch()
+    for shape in ((4, 6, REGION + 1), (4, REGION), (4, 1, 6, REGION)):
+        for call in calls_with_images(regions, batch):
+            with pytest.raises(ValueError, match=rf"must be \[B, R, {REGION}\] for this model, got \({shape[0]}, "):
+                call(region_features=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_masks_of_another_shape_or_without_an_element(training):
+    for name, key in (("region-gru", "region_mask"), ("grid-gru", "grid_mask")):
+        model, batch = (
+            row(f"VlpVseForPreTraining-{name}").build().train(training),
+            row(f"VlpVseForPreTraining-{name}").batch(),
+        )
+        for wrong in (batch[key][:, :-1], batch[key][:, :1], batch[key][:3], batch[key][0]):
+            with pytest.raises(ValueError, match=r"mask.* got \["):
+                model(**dict(batch, **{key: wrong}))
+        empty = batch[key].clone()
+        empty[2] = 0
+        for mask, rows in ((empty, r"\[2\]"), (torch.zeros_like(empty), r"\[0, 1, 2, 3\]")):
+            with pytest.raises(ValueError, match=rf"row\(s\) {rows} of the mask hold no element to pool"):
+                model(**dict(batch, **{key: mask}))
+        # nobody's statistics were spoilt by it
+        assert model(**batch).loss.isfinite() and all(tensor.isfinite().all() for tensor in model.buffers())
+
+
+def test_texts_without_a_token_or_padded_on_the_left(regions):
+    batch = row("VlpVseForPreTraining-region-gru").batch()
+    empty, left = batch["attention_mask"].clone(), batch["attention_mask"].clone()
+    empty[1], left[3, 0] = 0, 0
+    with pytest.raises(ValueError, match=r"row\(s\) \[1\] of the mask hold no element"):
+        regions.get_text_features(batch["input_ids"], empty)
+    for mask in (left, left.flip(1), left.bool()):
+        with pytest.raises(ValueError, match=r"in row\(s\) \[.*3\]: pad texts on the right"):
+            regions.get_text_features(batch["input_ids"], mask)
+    # positions of BERT count from the start too, but it knows what it does not see
+    bert = row("VlpVseForPreTraining-region-bert").build()
+    with pytest.raises(ValueError, match=r"row\(s\) \[1\] of the mask hold no element"):
+        bert.get_text_features(batch["input_ids"], empty)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        regions.vse.text_model()
+
+
+def test_a_missing_side_and_sides_of_different_number(regions):
+    batch = row("VlpVseForPreTraining-region-gru").batch()
+    for given in ({"input_ids": batch["input_ids"]}, {"region_features": batch["region_features"]}, {}):
+        with pytest.raises(ValueError, match="needs input_ids and .*get_text_features or get_image_features"):
+            regions.vse(**given)
+        with pytest.raises(ValueError, match="needs input_ids and pixel_values or region_features"):
+            regions(**given)
+    fewer = {**batch, "input_ids": batch["input_ids"][:3], "attention_mask": batch["attention_mask"][:3]}
+    with pytest.raises(ValueError, match="got 3 input_ids, 4 images, 4 image_ids"):
+        regions(**fewer)
+    with pytest.raises(ValueError, match="got 4 input_ids, 4 images, 3 image_ids"):
+        regions(**dict(batch, image_ids=batch["image_ids"][:3]))
+    del fewer["image_ids"]
+    with pytest.raises(ValueError, match="got 3 input_ids, 4 region_mask, 4 region_features"):
+        regions.score_pairs(**fewer)
+    assert regions.vse(**fewer).logits_per_image.shape == (4, 3)  # every text against every image needs no pairs
+
+
+def test_a_grid_model_from_the_folder_of_a_region_model(tmp_path):
+    row("VlpVseModel-region-bert").build().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="'vlp_vse' of this folder has no vision_config, which VlpVseGridConfig describes"
+    ):
+        VlpVseGridModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'bert', VlpVseGruConfig describes 'vlp_vse_gru_model'"):
+        VlpVseGruModel.from_pretrained(tmp_path)

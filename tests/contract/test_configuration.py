@@ -15,7 +15,17 @@ from hf_vlp.models.clip.configuration_clip import (
     VlpClipVisionConfig,
 )
 from hf_vlp.models.clip.modeling_clip import VlpClipModel
-from tests.contract.rows import bert_config, resnet_config, text_config, vision_config
+from hf_vlp.models.vse.configuration_vse import VlpVseConfig, VlpVseGridConfig, VlpVseGruConfig
+from hf_vlp.models.vse.modeling_vse import VlpVseModel
+from tests.contract.rows import (
+    bert_config,
+    grid_config,
+    gru_config,
+    resnet_config,
+    text_config,
+    vision_config,
+    vse_config,
+)
 
 
 def text(width=512):
@@ -68,7 +78,85 @@ def test_the_default_resnet_is_rn50():
     assert config.to_dict() == resnet([3, 4, 6, 3], 64, 224, 1024).to_dict()
 
 
-@pytest.mark.parametrize("make", [text_config, vision_config, resnet_config, lambda: VlpClipConfig(projection_dim=7)])
+POOLING = 2 * (2 * (2 * 3 * 32 * 32 + 2 * 3 * 32) + 32)  # of both sides: two directions and a score
+BERT = 109_482_240 - (768 * 768 + 768)  # without the pooler
+PROJECTION = 2048 * 1024 + 1024
+REGION_SIDE = PROJECTION + (2048 * 512 + 512) + 2 * 512 + (512 * 1024 + 1024)
+WORDS = 768 * 1024 + 1024
+CLASSIFIER = 2048 * 1000 + 1000  # of the torchvision networks whose counts are below
+RESNEXT = {"hidden_sizes": (256, 512, 1024, 2048), "bottleneck_sizes": (256, 512, 1024, 2048), "groups": 32}
+BIGRU = 2 * (3 * 1024 * 300 + 3 * 1024 * 1024 + 2 * 3 * 1024)
+
+PUBLISHED_VSE = {
+    "region + BERT": ({}, None, BERT + WORDS + REGION_SIDE),
+    "BUTD grid + BERT": ({}, {}, BERT + WORDS + PROJECTION + 44_549_160 - CLASSIFIER),
+    "WSL grid + BERT": ({}, {**RESNEXT, "graph": "torchvision"}, BERT + WORDS + PROJECTION + 88_791_336 - CLASSIFIER),
+    "region + BiGRU": ({"vocab_size": 11354}, None, 11354 * 300 + BIGRU + REGION_SIDE),
+    "ResNet-50 grid + BiGRU": (
+        {"vocab_size": 8485},
+        {"depths": (3, 4, 6, 3)},
+        8485 * 300 + BIGRU + PROJECTION + 25_557_032 - CLASSIFIER,
+    ),
+    "ResNet-152 grid + BiGRU": (
+        {"vocab_size": 8485},
+        {"depths": (3, 8, 36, 3)},
+        8485 * 300 + BIGRU + PROJECTION + 60_192_808 - CLASSIFIER,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_VSE)
+def test_published_vse_models_have_their_number_of_parameters(name):
+    text_side, image_side, expected = PUBLISHED_VSE[name]
+    text_side = VlpVseGruConfig(**text_side) if text_side else BertConfig()
+    image_side = None if image_side is None else VlpVseGridConfig(**image_side)
+    with torch.device("meta"):
+        model = VlpVseModel(VlpVseConfig(text_config=text_side, vision_config=image_side))
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected + POOLING
+
+
+def test_the_default_vse_is_the_region_model_with_bert(tmp_path):
+    config = VlpVseConfig()
+    assert type(config.text_config) is BertConfig and config.vision_config is None
+    assert (config.region_size, config.projection_dim, config.region_mlp_size) == (2048, 1024, 512)
+    assert (config.margin, config.hardest_negatives, config.normalize_image, config.normalize_text) == (
+        0.2,
+        1,
+        True,
+        True,
+    )
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).vision_config is None
+    assert VlpVseConfig(projection_dim=20).region_mlp_size == 10
+    assert VlpVseConfig(projection_dim=20, region_mlp_size=7).region_mlp_size == 7
+    grid = VlpVseGridConfig()
+    assert (grid.hidden_size, grid.num_hidden_layers, grid.graph, grid.freeze_norms) == (2048, 33, "caffe", True)
+
+
+def test_towers_of_a_vse_may_be_dicts_objects_or_names(tmp_path):
+    grid = VlpVseConfig(vision_config={"depths": (1, 1, 1, 1)}).vision_config
+    assert type(grid) is VlpVseGridConfig and grid.depths == [1, 1, 1, 1]
+    gru = {"model_type": "vlp_vse_gru_model", "hidden_size": 20}
+    assert type(VlpVseConfig(text_config=gru, projection_dim=20).text_config) is VlpVseGruConfig
+    named = VlpVseConfig(vision_config="timm/test_resnet")
+    assert named.vision_config.architecture == "test_resnet" and type(named.vision_config) is TimmWrapperConfig
+    BertModel(bert_config()).save_pretrained(tmp_path)
+    assert VlpVseConfig(text_config=str(tmp_path)).text_config.hidden_size == 32
+
+
+def test_the_towers_of_a_vse_take_their_part_of_a_whole_configuration(tmp_path):
+    vse_config(gru_config, grid_config)().save_pretrained(tmp_path)
+    assert VlpVseGruConfig.from_pretrained(tmp_path).embedding_size == 20
+    assert VlpVseGridConfig.from_pretrained(tmp_path).hidden_sizes == [16, 24, 32]
+
+
+VSE_CONFIGS = (grid_config, gru_config, vse_config(), vse_config(gru_config, grid_config, margin=0.3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [text_config, vision_config, resnet_config, lambda: VlpClipConfig(projection_dim=7), *VSE_CONFIGS],
+)
 def test_round_trip(make, tmp_path):
     config = make()
     config.save_pretrained(tmp_path)
@@ -145,6 +233,22 @@ def test_a_field_of_an_impossible_value_is_named():
         (lambda: VlpClipConfig(classifier_input="cosine"), "classifier_input must be one of .*'cosine'"),
         (lambda: VlpClipConfig(contrastive_targets="soft"), "contrastive_targets must be one of .*'soft'"),
         (lambda: VlpClipConfig(vision_config=resnet_config(), projection_dim=512), "projection_dim 512 differs .* 24"),
+        (lambda: VlpVseGridConfig(graph="keras"), "graph must be one of .*'keras'"),
+        (lambda: VlpVseGridConfig(depths=(3, 4, 6)), "one number a stage, got {'depths': 3, 'hidden_sizes': 4"),
+        (lambda: VlpVseGridConfig(depths=(3, 4, 0, 3)), "depths must be 1 or more"),
+        (lambda: VlpVseGridConfig(groups=3), r"bottleneck_sizes \[64, .* must be multiples of groups 3"),
+        (lambda: VlpVseGridConfig(groups=0), "groups must be 1 or more"),
+        (lambda: VlpVseGridConfig(num_channels=0), "num_channels must be 1 or more"),
+        (lambda: VlpVseGridConfig(depths=(), hidden_sizes=(), bottleneck_sizes=()), "one number a stage"),
+        (lambda: VlpVseGruConfig(embedding_size=0), "embedding_size must be 1 or more, got 0"),
+        (lambda: VlpVseConfig(region_size=0), "region_size must be 1 or more, got 0"),
+        (lambda: VlpVseConfig(position_size=7), "position_size 7 must be even"),
+        (lambda: VlpVseConfig(region_norm_rows="padded"), "region_norm_rows must be one of .*'padded'"),
+        (lambda: VlpVseConfig(contrastive_targets="soft"), "contrastive_targets must be one of .*'soft'"),
+        (lambda: VlpVseConfig(negatives="all"), "negatives must be one of .*'all'"),
+        (lambda: VlpVseConfig(hardest_negatives=1.2), "hardest_negatives 1.2 must lie between 0 and 1"),
+        (lambda: VlpVseConfig(margin=-0.1), "margin -0.1 be 0 or more"),
+        (lambda: VlpVseConfig(text_config=gru_config()), "projection_dim 1024 differs from the BiGRU's hidden_size 24"),
     ):
         with pytest.raises((StrictDataclassError, ValueError), match=message):
             build()
@@ -159,6 +263,10 @@ def test_a_field_of_an_impossible_value_is_named():
         (VlpClipResNetConfig, "widht", None),
         (VlpClipConfig, "logit_scale_initial_value", "logit_scale_init_value"),
         (VlpClipConfig, "projection_dims", "projection_dim"),
+        (VlpVseConfig, "region_sizes", "region_size"),
+        (VlpVseConfig, "hardest_negative", "hardest_negatives"),
+        (VlpVseGridConfig, "freeze_norm", "freeze_norms"),
+        (VlpVseGruConfig, "embeding_size", "embedding_size"),
     ],
 )
 def test_a_misspelt_field_is_refused_with_the_right_name(config_class, typo, meant):

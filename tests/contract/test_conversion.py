@@ -1,11 +1,9 @@
 """Conversion: every file format, every layout, both ways; and files that are not what they should be."""
 
 import argparse
-import gzip
 import hashlib
 import io
 import json
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -42,6 +40,7 @@ from conversion.tables import (
 from hf_vlp.files import whole_folder
 from hf_vlp.models.clip.configuration_clip import VlpClipConfig, VlpClipResNetConfig
 from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining, VlpClipModel
+from tests.contract.weight_files import CallsSystem, read_manifest, same
 
 # torch.jit is on its way out and says so; the published files are what it is.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
@@ -54,22 +53,6 @@ MANIFESTS = sorted((GOLDEN / "manifests").glob("clip_*.json.gz"))
 
 def golden(case: str) -> dict[str, torch.Tensor]:
     return read_checkpoint(GOLDEN / "clip" / case / "checkpoint.pt")
-
-
-def same(left, right) -> bool:
-    return left.keys() == right.keys() and all(
-        torch.equal(left[name], right[name]) and left[name].dtype == right[name].dtype for name in left
-    )
-
-
-class CallsSystem:
-    """Pickles to a call that leaves a trace when it is run."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.trace}",)
 
 
 class Node(nn.Module):
@@ -436,11 +419,7 @@ def test_round_trip_is_exact(case):
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name.removesuffix(".json.gz"))
 def test_published_checkpoints_convert_with_nothing_left_over(manifest):
-    facts = json.loads(gzip.decompress(manifest.read_bytes()))
-    state = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        for name, (dtype, shape) in facts["tensors"].items()
-    }
+    facts, state = read_manifest(manifest)
     config, ours = convert_state_dict(state)
     with torch.device("meta"):
         model = VlpClipModel(config)

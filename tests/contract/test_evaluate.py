@@ -5,12 +5,19 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from hf_vlp.evaluation.ensemble import SavedScores, write_scores
 from hf_vlp.evaluation.provenance import command, conditions, shortened
+from hf_vlp.evaluation.retrieval import score_metrics
+from hf_vlp.inputs.region_feature_extractor import VlpRegionFeatureExtractor
+from hf_vlp.inputs.region_store import write_region_store
+from hf_vlp.inputs.regions import RegionFeatures
 from tests.contract.tiny import save_tiny_clip
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +104,135 @@ def test_a_probe_refuses_labels_that_it_never_saw(evaluate):
     assert zero_shot["counts"]["classes"] == 3  # names in order: numbers count in it
 
 
+def test_scores_are_saved_and_averaged(evaluate):
+    write_rows("pairs.jsonl", [{"image": f"{colour}.png", "caption": f"a {colour} ship"} for colour in COLOURS])
+    words = ["--task", "retrieval", "--data", "pairs.jsonl"]
+    (alone,) = evaluate(*words, "--save-scores", "own.safetensors")
+    own = SavedScores("own.safetensors")[0:6]
+    assert own.shape == (6, 6)
+    best = torch.eye(6)  # a perfect model, sure enough to decide
+    write_scores("best.safetensors", best, torch.arange(6), SavedScores("own.safetensors").fingerprint)
+    with_itself = evaluate(*words, "--ensemble", "own.safetensors")[-1]
+    assert with_itself["metrics"] == alone["metrics"]
+    assert "scores averaged with those of own.safetensors" in with_itself["protocol"]
+    with_best = evaluate(*words, "--ensemble", "best.safetensors", "own.safetensors")[-1]
+    assert with_best["metrics"] == score_metrics((best + 2 * own) / 3, torch.arange(6), torch.arange(6))
+    assert len(evaluate(*words, "--ensemble", "best.safetensors", "own.safetensors")) == 3
+    # the original's file: a pickled dict within a .npy
+    np.save("theirs.npy", {"npts": 6, "sims": best.double().numpy()}, allow_pickle=True)
+    theirs = evaluate(*words, "--ensemble", "theirs.npy")[-1]
+    assert theirs["metrics"] == score_metrics((best + own) / 2, torch.arange(6), torch.arange(6))
+    np.save("nothing.npy", {"npts": 6}, allow_pickle=True)
+    with pytest.raises(SystemExit, match="nothing.npy holds no scores"):
+        evaluate(*words, "--ensemble", "nothing.npy")
+    write_rows("other.jsonl", [{"image": f"{colour}.png", "caption": f"one {colour} ship"} for colour in COLOURS])
+    with pytest.raises(ValueError, match="own.safetensors holds scores of other captions"):
+        evaluate(*words[:3], "other.jsonl", "--ensemble", "own.safetensors")
+
+
+def test_crisscrossed_captions(evaluate):
+    rows = [
+        {"image": f"{c}.png", "captions": [f"a {c} ship", f"a {c} face"], "image_id": 7 + i}
+        for i, c in enumerate(COLOURS)
+    ]
+    write_rows("pairs.jsonl", rows)
+    images, captions = [str(7 + i) for i in range(6)], [str(90 + i) for i in range(12)]
+    Path("cxc").mkdir()
+    Path("cxc/testall_ids.txt").write_text("".join(f"{image}\n" * 2 for image in images))
+    Path("cxc/testall_capids.txt").write_text("".join(f"{caption}\n" for caption in captions))
+    inter = {"i2t": {image: [[90, 5.0]] for image in images}, "t2i": {caption: [[7, 5.0]] for caption in captions}}
+    inter["t2i"]["93"] = [[4000, 5.0]]
+    Path("cxc/cxc_it.json").write_text(json.dumps(inter))
+    Path("cxc/cxc_t2t.json").write_text(json.dumps({caption: [] for caption in captions}))
+    Path("cxc/cxc_i2i.json").write_text(json.dumps({"7": [[8, 2.5]], "8": [[7, 2.0]]}))
+    words = ["--task", "cxc", "--data", "pairs.jsonl"]
+    with pytest.raises(SystemExit, match="needs --annotations"):
+        evaluate(*words)
+    (result,) = evaluate(*words, "--annotations", "cxc")
+    assert result["task"] == "cxc" and result["counts"]["image_to_image/queries"] == 1
+    # six images: every caption finds image 7 among its first ten, but for the one whose image is not there
+    assert result["metrics"]["text_to_image/R@10"] == pytest.approx(100 * 11 / 12)
+    assert result["counts"]["text_to_image/without_positive"] == 1
+    with pytest.raises(SystemExit, match="the model tiny sees pictures, not regions"):
+        evaluate(*words, "--annotations", "cxc", "--region-store", "absent.regions")
+
+
+class RegionModel(torch.nn.Module):
+    """Regions and captions are numbers; the first feature of the last real region is the image's."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.eye(30))
+
+    def get_image_features(self, region_features, region_mask):
+        last = region_mask.sum(dim=1) - 1
+        return self.table[region_features[torch.arange(len(last)), last, 0].long()]
+
+    def get_text_features(self, input_ids, attention_mask):
+        return self.table[input_ids[:, 0]]
+
+
+class RegionProcessor:
+    """Captions such as "number 7" over the real feature extractor."""
+
+    def __init__(self, store):
+        self.feature_extractor = VlpRegionFeatureExtractor(region_store=store)
+
+    def __call__(self, regions=None, text=None, return_tensors="pt", padding=True):
+        if regions is not None:
+            return self.feature_extractor(regions, return_tensors=return_tensors)
+        ids = torch.tensor([[int(line.split()[-1])] for line in text])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def regions_of(number: int, told: int) -> RegionFeatures:
+    features = np.zeros((1 + number % 3, 4), np.float32)
+    features[-1, 0] = told
+    return RegionFeatures(features, image_id=f"n{number}")
+
+
+@pytest.fixture
+def evaluate_regions(evaluate, monkeypatch):
+    """The script with a model of regions whose store is `own.regions`; `wrong.regions` holds each image's neighbour."""
+    write_region_store("own.regions", [regions_of(i, i) for i in range(6)])
+    write_region_store("wrong.regions", [regions_of(i, i + 1) for i in range(6)])
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda name: RegionModel())
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: RegionProcessor("own.regions"))
+    return evaluate
+
+
+def test_a_model_that_sees_regions(evaluate_regions):
+    captions = [[f"number {i}", f"again {i}"] for i in range(6)]
+    write_rows("pairs.jsonl", [{"regions": f"n{i}", "captions": captions[i], "image_id": i} for i in range(6)])
+    words = ["--task", "retrieval", "--data", "pairs.jsonl"]
+    (own,) = evaluate_regions(*words)
+    assert own["metrics"]["rsum"] == 600.0 and own["protocol"].endswith("float32, regions of own.regions")
+    # the keys may stand in image_id
+    write_rows("ids.jsonl", [{"captions": captions[i], "image_id": f"n{i}"} for i in range(6)])
+    wrong = evaluate_regions(*words[:3], "ids.jsonl", "--region-store", "wrong.regions")[-1]
+    assert wrong["metrics"]["text_to_image/R@1"] == 0.0 and wrong["protocol"].endswith("regions of wrong.regions")
+    write_rows("absent.jsonl", [{"captions": ["number 1"], "image_id": "n77"}])
+    with pytest.raises(ValueError, match="n77"):
+        evaluate_regions(*words[:3], "absent.jsonl")
+
+
+def test_a_folder_of_precomputed_features(evaluate_regions):
+    Path("precomp").mkdir()
+    features = np.zeros((6, 2, 4), np.float32)
+    features[:, -1, 0] = np.arange(6) + 10
+    np.save("precomp/test_ims.npy", features)
+    Path("precomp/test_ids.txt").write_text("".join(f"n{i}\n" for i in range(6)))
+    Path("precomp/test_caps.txt").write_text("".join(f"number {i // 5 + 10}\n" for i in range(30)))
+    words = ["--task", "retrieval", "--data", "precomp"]
+    (result,) = evaluate_regions(*words)
+    assert result["metrics"]["rsum"] == 600.0 and result["counts"]["captions"] == 30
+    assert result["protocol"].endswith("float32, regions")
+    with_store = evaluate_regions(*words, "--split", "test", "--region-store", "own.regions")[-1]
+    assert with_store["metrics"]["rsum"] < 600.0  # the store's numbers are 0 to 5, the captions' 10 to 15
+    with pytest.raises(FileNotFoundError, match="the splits of this folder are: test"):
+        evaluate_regions(*words, "--split", "dev")
+
+
 def test_the_command_is_honest_and_without_paths_of_the_machine(tmp_path, monkeypatch):
     inside, outside = ROOT / "examples" / "data" / "emoji" / "test.parquet", tmp_path / "far" / "pairs.jsonl"
     monkeypatch.chdir(ROOT)
@@ -125,3 +261,6 @@ def test_precision_and_backend():
     assert conditions(layer, VlpClipImageProcessor()) == "float32, torchvision pictures"
     assert conditions(layer, VlpClipImageProcessorPil(), torch.float16) == "float16 autocast, pil pictures"
     assert conditions(layer.bfloat16(), VlpClipImageProcessor()) == "bfloat16, torchvision pictures"
+    store = ROOT / "examples" / "data" / "test.regions"
+    assert conditions(layer, RegionProcessor(store)) == "bfloat16, regions of examples/data/test.regions"
+    assert conditions(layer, RegionProcessor(None)) == "bfloat16, regions"

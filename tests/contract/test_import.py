@@ -45,6 +45,8 @@ FIRST = [
     "from hf_vlp.models.clip.configuration_clip import VlpClipConfig",
     "from hf_vlp.models.clip.tasks_clip import VlpClipForImageClassification",
     "from hf_vlp.models.clip.processing_clip import VlpClipProcessor",
+    "from hf_vlp.models.vse.image_processing_vse import VlpVseImageProcessor",
+    "from hf_vlp.inputs.word_tokenizer import VlpWordTokenizer",
 ]
 
 def check():
@@ -52,6 +54,8 @@ def check():
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, CLIPConfig, CLIPModel
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     config = AutoConfig.for_model("vlp_clip", text_config=dict(small, vocab_size=9), vision_config=small, projection_dim=4)
@@ -60,6 +64,9 @@ def check():
     assert type(AutoModelForPreTraining.from_config(config)) is hf_vlp.VlpClipForPreTraining
     assert PROCESSOR_MAPPING[type(config)] is hf_vlp.VlpClipProcessor
     assert IMAGE_PROCESSOR_MAPPING[type(config)]["pil"] is hf_vlp.VlpClipImageProcessorPil
+    assert PROCESSOR_MAPPING[hf_vlp.VlpVseConfig] is hf_vlp.VlpVseProcessor
+    assert FEATURE_EXTRACTOR_MAPPING[hf_vlp.VlpVseConfig] is hf_vlp.VlpRegionFeatureExtractor
+    assert TOKENIZER_MAPPING[hf_vlp.VlpVseConfig] is hf_vlp.VlpWordTokenizer
     assert type(AutoConfig.for_model("clip")) is CLIPConfig
     native = CLIPConfig(text_config=dict(small, vocab_size=9), vision_config=dict(small, patch_size=8, image_size=16))
     assert type(AutoModel.from_config(native)) is CLIPModel
@@ -99,7 +106,7 @@ def test_importing_is_quick_and_light():
 
 
 def test_the_auto_classes_know_us_whatever_is_imported_first():
-    assert len(json.loads(fresh_interpreter(ORDERS))) == 6
+    assert len(json.loads(fresh_interpreter(ORDERS))) == 8
 
 
 def test_public_names_are_listed_and_there():

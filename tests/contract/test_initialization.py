@@ -1,4 +1,4 @@
-"""What a new model starts from (the released code's `initialize_parameters`): also where a checkpoint lacks it."""
+"""What a new model starts from, as the released code does: also where a checkpoint lacks it."""
 
 import math
 
@@ -13,6 +13,9 @@ from hf_vlp.models.clip.configuration_clip import (
 )
 from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining
 from hf_vlp.models.clip.tasks_clip import VlpClipForImageClassification
+from hf_vlp.models.vse.configuration_vse import VlpVseConfig, VlpVseGridConfig, VlpVseGruConfig
+from hf_vlp.models.vse.modeling_vse import VlpVseForPreTraining
+from tests.contract.rows import bert_config
 
 WIDTH, LAYERS, JOINT = 128, 3, 96
 UNIFORM = 3**-0.5  # std of a uniform variable on [-1, 1]
@@ -43,7 +46,7 @@ def build(model_class, config, how):
     some = {
         name: value
         for name, value in model_class._from_config(config).state_dict().items()
-        if "norm1" in name or "bn1" in name
+        if "norm1" in name or "bn1" in name or "region_mlp.norm" in name
     }
     return model_class.from_pretrained(None, config=config, state_dict=some)
 
@@ -111,3 +114,62 @@ def test_a_new_model_is_near_chance():
     model.clip.text_model.config.eos_token_id = 399
     loss = model(input_ids=ids, pixel_values=torch.randn(8, 3, 64, 64)).loss
     assert loss.item() == pytest.approx(math.log(8), abs=0.6)
+
+
+# VSE-infinity
+
+
+def uniform(tensor, bound, rel=0.05):
+    assert tensor.abs().max() <= bound
+    assert tensor.std().item() == pytest.approx(bound * UNIFORM, rel=rel if tensor.numel() > 2000 else 0.25)
+
+
+def assert_pooling_starts_as_torchs(pooling):
+    for name, tensor in pooling.gru.named_parameters():
+        uniform(tensor, 32**-0.5)
+        assert tensor.any(), name
+    uniform(pooling.linear.weight, 32**-0.5, rel=0.4)
+    assert pooling.linear.bias is None
+
+
+@pytest.mark.parametrize("how", ["new", "loaded"])
+def test_sides_of_regions_and_of_bert(how):
+    config = VlpVseConfig(text_config=bert_config(), region_size=200, projection_dim=120)
+    model = build(VlpVseForPreTraining, config, how).vse
+    uniform(model.visual_projection.weight, (6 / (200 + 120)) ** 0.5)
+    assert not model.visual_projection.bias.any()
+    uniform(model.region_mlp.fc1.weight, 200**-0.5)
+    uniform(model.region_mlp.fc1.bias, 200**-0.5)
+    uniform(model.region_mlp.fc2.weight, 60**-0.5)
+    uniform(model.text_projection.weight, 32**-0.5)
+    uniform(model.text_projection.bias, 32**-0.5)
+    norm = model.region_mlp.norm
+    assert (norm.weight == 1).all() and (norm.running_var == 1).all()
+    assert not norm.bias.any() and not norm.running_mean.any() and norm.num_batches_tracked == 0
+    assert (norm.momentum, norm.eps) == (0.1, 1e-5)
+    assert_pooling_starts_as_torchs(model.text_pooling)
+    assert_pooling_starts_as_torchs(model.visual_pooling)
+    # the encoder keeps its own rule
+    query = model.text_model.encoder.layer[0].attention.self.query
+    assert query.weight.std().item() == pytest.approx(0.02, rel=0.1) and not query.bias.any()
+
+
+@pytest.mark.parametrize("how", ["new", "loaded"])
+def test_sides_of_a_grid_and_of_a_bigru(how):
+    text = VlpVseGruConfig(vocab_size=300, embedding_size=30, hidden_size=50)
+    sizes = {"embedding_size": 16, "hidden_sizes": (64, 64, 96), "bottleneck_sizes": (32, 48, 64)}
+    grid = VlpVseGridConfig(depths=(1, 1, 1), **sizes)
+    model = build(VlpVseForPreTraining, VlpVseConfig(text_config=text, vision_config=grid, projection_dim=50), how).vse
+    uniform(model.text_model.embeddings.weight, 0.1)
+    for tensor in model.text_model.gru.parameters():
+        uniform(tensor, 50**-0.5)
+    uniform(model.visual_projection.weight, (6 / (96 + 50)) ** 0.5)
+    assert not model.visual_projection.bias.any()
+    assert_pooling_starts_as_torchs(model.text_pooling)
+    for convolution, fan_out in (
+        (model.vision_model.resnet.conv1, 49 * 16),
+        (model.vision_model.resnet.layer2[0].conv2, 9 * 48),
+        (model.vision_model.resnet.layer3[0].downsample[0], 96),
+    ):
+        assert convolution.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.06)
+    assert not list(model.text_projection.parameters())  # nothing between the BiGRU and its pooling

@@ -227,13 +227,12 @@ class Processor:
 
     def __call__(self, images=None, text=None, return_tensors="pt", padding=True, max_length=99):
         assert return_tensors == "pt" and padding
+        if images is not None:
+            return {"pixel_values": torch.stack([image.float() for image in images])}
         lines = [[len(word) for word in line.split()][:max_length] for line in text]
         longest = max(map(len, lines))
-        batch = {"input_ids": torch.tensor([line + [0] * (longest - len(line)) for line in lines])}
-        batch["attention_mask"] = (batch["input_ids"] > 0).long()
-        if images is not None:
-            batch["pixel_values"] = torch.stack([image.float() for image in images])
-        return batch
+        ids = torch.tensor([line + [0] * (longest - len(line)) for line in lines])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
 def noise(images, generator):

@@ -28,9 +28,10 @@ def runs(tmp_path_factory):
 
 
 CLIP = [f"clip-{objective}-{step}" for objective in ("softmax", "sigmoid") for step in ("plain", "cached")]
+VSE = [f"vse-{form}-{step}" for form in ("hardest", "mixed") for step in ("plain", "cached")]
 
 
-@pytest.mark.parametrize("step", ["plain", "cached", "accumulated", *CLIP])
+@pytest.mark.parametrize("step", ["plain", "cached", "accumulated", *CLIP, *VSE])
 def test_two_processes_equal_one_with_the_whole_batch(runs, step):
     names = [name for name in runs[1] if name.startswith(f"{step}.")]
     assert len(names) > 10
@@ -47,12 +48,25 @@ def test_the_comparison_can_fail(runs):
     assert (one["visual_projection.weight"] - other["visual_projection.weight"]).abs().max() > 1e-3
     for step in ("plain", "cached"):
         assert runs[1][f"{step}.loss0"] != runs[1][f"{step}.loss3"]
-    for step in CLIP:
+    for step in CLIP + VSE:
         assert runs[1][f"{step}.loss0"] != runs[1][f"{step}.loss1"]
     one, other = (
         runs[2][f"clip-{objective}-plain.clip.visual_projection.weight"] for objective in ("softmax", "sigmoid")
     )
     assert (one - other).abs().max() > 1e-3
+    one, other = (runs[2][f"vse-{form}-plain.vse.visual_projection.weight"] for form in ("hardest", "mixed"))
+    assert (one - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("step", ["plain", "cached"])
+def test_processes_that_keep_their_negatives_apart_take_another_step(runs, step):
+    local, weight = f"vse-local-{step}", "vse.visual_projection.weight"
+    assert torch.equal(
+        runs[1][f"{local}.{weight}"], runs[1][f"vse-hardest-{step}.{weight}"]
+    )  # one process has no others
+    assert (runs[2][f"{local}.{weight}"] - runs[1][f"{local}.{weight}"]).abs().max() > 1e-3
+    # three pairs have fewer negatives than six, and the loss is a sum over the pairs of a process
+    assert runs[2][f"{local}.loss0"] < 0.6 * runs[1][f"{local}.loss0"]
 
 
 @pytest.mark.parametrize("step", ["plain", "cached"])

@@ -1,4 +1,4 @@
-"""Steps of the toy and of a tiny CLIP on however many processes it is launched; rank 0 writes losses and weights."""
+"""Steps of the toy, a tiny CLIP and a tiny VSE-infinity on any number of processes; rank 0 writes losses and weights."""
 
 import sys
 
@@ -8,11 +8,13 @@ from safetensors.torch import save_file
 
 from hf_vlp.distributed import gather_with_gradient, gather_without_gradient, rank, world_size
 from hf_vlp.evaluation.encoding import evaluating
+from hf_vlp.layers.normalization import keep_statistics
 from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining
+from hf_vlp.models.vse.modeling_vse import VlpVseForPreTraining
 from hf_vlp.training.optim import training_mode
 from hf_vlp.training.state import Checkpoints, Progress, StateError
 from hf_vlp.training.steps import choose_step
-from tests.contract.rows import pair_config
+from tests.contract.rows import REGION, gru_config, pair_config, vse_config
 from tests.loop.toy import ToyTwoTower, parts, stream
 
 
@@ -20,14 +22,35 @@ def clip_steps(accelerator: Accelerator, objective: str, chunk: int | None) -> d
     """Losses and weights of two steps; images 1 and 2 come twice, on different ranks of two."""
     torch.manual_seed(0)
     model = VlpClipForPreTraining(pair_config(contrastive_loss=objective)())
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def images(draw: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"pixel_values": torch.randn(6, 3, 32, 32, generator=draw)}
+
+    return pair_steps(accelerator, model, images, chunk, lr=0.1)
+
+
+def vse_steps(accelerator: Accelerator, hardest: float, negatives: str, chunk: int | None) -> dict[str, torch.Tensor]:
+    """The same of a model of regions; its batch norm uses stored statistics, those of a batch are each process's own."""
+    torch.manual_seed(0)
+    model = VlpVseForPreTraining(vse_config(gru_config, hardest_negatives=hardest, negatives=negatives)())
+
+    def images(draw: torch.Generator) -> dict[str, torch.Tensor]:
+        mask = (torch.arange(5) < torch.tensor([5, 2, 4, 3, 5, 1])[:, None]).long()
+        return {"region_features": torch.randn(6, 5, REGION, generator=draw), "region_mask": mask}
+
+    return pair_steps(accelerator, model, images, chunk, lr=0.02)
+
+
+def pair_steps(accelerator: Accelerator, model, images, chunk: int | None, lr: float) -> dict[str, torch.Tensor]:
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=lr))
     model.train()
+    keep_statistics(model)
     draw, size, found = torch.Generator().manual_seed(1), 6 // world_size(), {}
     mine = slice(rank() * size, (rank() + 1) * size)
     for number in range(2):
         ids = torch.randint(3, 30, (6, 8), generator=draw)
         ids[:, -1] = 39
-        whole = {"input_ids": ids, "pixel_values": torch.randn(6, 3, 32, 32, generator=draw)}
+        whole = {"input_ids": ids, **images(draw)}
         whole["image_ids"] = torch.tensor([1, 2, 3, 1, 5, 2])
         losses = choose_step(chunk, 1)(accelerator, model, [{key: value[mine] for key, value in whole.items()}])
         found[f"loss{number}"] = accelerator.reduce(losses["loss"], reduction="mean").reshape(1)
@@ -72,6 +95,9 @@ def main(output: str) -> None:
         for objective in ("softmax", "sigmoid"):
             steps = clip_steps(accelerator, objective, chunk)
             found |= {f"clip-{objective}-{name}.{key}": value for key, value in steps.items()}
+        for form, hardest, negatives in (("hardest", 1.0, "global"), ("mixed", 0.4, "global"), ("local", 1.0, "local")):
+            steps = vse_steps(accelerator, hardest, negatives, chunk)
+            found |= {f"vse-{form}-{name}.{key}": value for key, value in steps.items()}
         found |= {f"statistics.{name}.{key}": value for key, value in statistics(accelerator, chunk).items()}
 
     # the gather by itself: row i of process r weighs (r + 1) in the sum that every process takes

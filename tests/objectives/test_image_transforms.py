@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from hf_vlp.data.collate import PairCollator
 from hf_vlp.inputs.image_augmentations import (
+    RandomCropSquash,
     RandomResizedCrop,
     RandomSquareCrop,
     TrainingTransform,
@@ -20,17 +21,22 @@ from hf_vlp.inputs.image_augmentations import (
 from hf_vlp.inputs.image_transforms import (
     CLIP_MEAN,
     CLIP_STD,
+    DETECTOR_MEAN,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     centre_crop,
     channels_to_front,
     check_size,
     clip_eval,
     crop_offset,
     eight_bits,
+    in_channel_order,
     normalised,
     on_background,
     picture_from_array,
     resize_picture,
     resized_size,
+    squashed,
     to_rgb,
     to_tensor,
 )
@@ -203,6 +209,92 @@ def test_a_strip_that_would_become_absurd_when_resized():
     assert clip_eval(Image.new("L", (1, 900)), 8).shape == (3, 8, 8)
 
 
+# Squashing: VSE-infinity
+
+
+def test_each_axis_is_squashed_on_its_own_between_pixel_centres():
+    row = torch.tensor([[0, 10, 20, 30]], dtype=torch.uint8)
+    assert squashed(row[None], 1, 2).tolist() == [[[5.0, 25.0]]]
+    assert squashed(row[None], 1, 8)[0, 0].tolist() == [0.0, 2.5, 7.5, 12.5, 17.5, 22.5, 27.5, 30.0]
+    assert squashed(row.T[None], 2, 3)[0].tolist() == [[5.0] * 3, [25.0] * 3]
+    # no antialiasing: of six pixels a third of the side reads the one in the middle alone
+    assert squashed(torch.tensor([[[255, 0, 255, 255, 0, 255]]], dtype=torch.uint8), 1, 2).tolist() == [[[0.0, 0.0]]]
+    several = pictures(4, 7)
+    assert torch.equal(squashed(several, 5, 3)[2], squashed(several[2], 5, 3))
+    assert squashed(several, 5, 3).shape == (4, 3, 5, 3) and squashed(several, 5, 3).dtype == torch.float32
+    assert torch.equal(squashed(several, 7, 7), several.float())
+    with pytest.raises(ValueError, match="once resized"):
+        squashed(several, 20_000, 20_000)
+
+
+def test_channel_orders():
+    pixels = pictures(2, 4)
+    assert torch.equal(in_channel_order(pixels, "bgr"), pixels[:, [2, 1, 0]])
+    assert torch.equal(in_channel_order(pixels, "rgb"), pixels)
+    with pytest.raises(ValueError, match="channel_order='gbr'"):
+        in_channel_order(pixels, "gbr")
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, atol=1e-3)
+
+
+def test_a_random_part_squashed_by_hand():
+    image = torch.arange(10 * 20).view(1, 10, 20).expand(3, 10, 20).to(torch.uint8)
+    crop = RandomCropSquash(5, **PLAIN)
+
+    def part(*draws, images=image):
+        return crop([images], draws=[draws])[0]
+
+    assert same(part(0.5, 3, 1, 0.5), squashed(image[:, 1:9, 3:19], 5, 5))  # 0.6 + 0.4 / 2 of each side
+    assert same(part(0.0, 7, 3, 0.5), squashed(image[:, 3:9, 7:19], 5, 5))
+    assert same(part(0.5, 3, 1, 0.51), part(0.5, 3, 1, 0.5).flip(-1))
+    assert not same(part(0.5, 2, 1, 0.5), part(0.5, 3, 1, 0.5))
+    assert same(part(0.99, 0, 0, 0.0, images=image[:, :, :2]), squashed(image[:, :9, :1], 5, 5))
+    with pytest.raises(ValueError, match="picture 0 of 20 x 1 pixels is too small"):
+        part(0.5, 3, 0.5, images=image[:, :1])  # less than one row
+
+
+def test_parts_without_room_have_no_offset():
+    image = pictures(1, 8)[0]
+    whole = RandomCropSquash(4, smallest=1.0, **PLAIN)
+    assert same(whole([image], draws=[[0.3, 0.2]])[0], squashed(image, 4, 4))
+    assert not same(whole([image], draws=[[0.3, 0.8]])[0], squashed(image, 4, 4))
+    views = whole(image.expand(50, 3, 8, 8), generator())
+    assert {same(view, squashed(image, 4, 4)) for view in views} == {True, False}
+    assert all(same(view, squashed(image, 4, 4)) or same(view.flip(-1), squashed(image, 4, 4)) for view in views)
+    with pytest.raises(ValueError, match=r"offsets \[0\] of picture 0 do not fit.*room for 0 and 0"):
+        whole([image], draws=[[0.3, 0, 0.2]])
+    crop = RandomCropSquash(4)
+    for offsets in ([2, 0], [0, 4], [0], [-1, 0], [0, 0, 0]):  # of 8 x 8 pixels, 6 x 6: room for 2, the last not taken
+        with pytest.raises(ValueError, match="room for 2 and 2"):
+            crop([image], draws=[[0.5, *offsets, 0.0]])
+    assert crop([image], draws=[[0.5, 1, 1, 0.0]]).shape == (1, 3, 4, 4)
+
+
+def test_drawn_parts_have_the_sizes_places_and_sides_asked_for():
+    ramp = torch.arange(100, dtype=torch.uint8)
+    images = torch.stack([ramp.expand(100, 100), ramp[:, None].expand(100, 100), ramp.expand(100, 100)])
+    views = RandomCropSquash(10, **PLAIN)(images.expand(600, 3, 100, 100), generator())
+    width = (views[:, 0, 5, 9] - views[:, 0, 5, 0]) / 9 * 10
+    height = (views[:, 1, 9, 5] - views[:, 1, 0, 5]) / 9 * 10
+    assert torch.allclose(width.abs(), height, atol=0.1)  # the same share of both sides
+    assert 59.5 < height.min() < 61 and 99 <= height.max() + 1.5 and height.max() < 100
+    assert 0.45 < (width < 0).float().mean() < 0.55
+    left = views[:, 0, 5].amin(dim=1) - height / 20 + 0.5
+    room = 100 - height.round()
+    assert (left > -0.1).all() and (left <= (room - 1).clamp(min=0) + 0.1).all() and (left[room > 20] > 10).any()
+
+
+def test_draws_that_are_missing():
+    with pytest.raises(ValueError, match="needs a generator"):
+        RandomCropSquash(4)(pictures(2, 8))
+    with pytest.raises(ValueError, match="1 lists for 2 pictures"):
+        RandomCropSquash(4)(pictures(2, 8), draws=[[0.5, 0, 0, 0.5]])
+    with pytest.raises(ValueError, match="smallest=0"):
+        RandomCropSquash(4, smallest=0)
+
+
 # The paper's augmentation
 
 
@@ -309,11 +401,12 @@ def test_erasing():
     "augmentation",
     [
         RandomSquareCrop(8),
+        RandomCropSquash(8),
         RandomResizedCrop(
             8, aspect=0.3, rotation=10, flip=0.5, brightness=0.2, contrast=0.2, saturation=0.2, erasing=0.5
         ),
     ],
-    ids=["square", "resized"],
+    ids=["square", "squash", "resized"],
 )
 def test_the_generator_alone_decides(augmentation):
     images = pictures(70)
@@ -406,3 +499,39 @@ def test_the_collator_hands_over_pictures_of_several_sizes():
     assert collator(items)["pixel_values"].shape == (3, 3, 16, 16)
     with pytest.raises(ValueError, match="sizes"):
         PairCollator(lambda **_: {}, TrainingTransform(image_processor(), "random_resized_crop").augment)(items)
+
+
+DETECTOR = {"channel_order": "bgr", "do_rescale": False, "image_mean": DETECTOR_MEAN, "image_std": (1.0,) * 3}
+IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+
+
+@pytest.mark.parametrize("name", ["random_square_crop", "random_resized_crop", "random_crop_squash"])
+@pytest.mark.parametrize("colours", [DETECTOR, IMAGENET, {**IMAGENET, "rescale_factor": 1 / 127.5}])
+def test_every_augmentation_ends_in_the_colours_of_the_network(name, colours):
+    """A picture of one colour looks the same wherever it is cut."""
+    processor = image_processor(do_center_crop=False, size={"height": 16, "width": 16}, **colours)
+    transform = TrainingTransform(processor, name)
+    prepared = transform.prepare(Image.new("RGB", (20, 20), (10, 100, 200)))
+    pixels = torch.tensor([200.0, 100.0, 10.0] if colours is DETECTOR else [10.0, 100.0, 200.0])
+    factor = 1.0 if colours is DETECTOR else colours.get("rescale_factor", 1 / 255)
+    mean, std = torch.tensor(colours["image_mean"]), torch.tensor(colours["image_std"])
+    views = transform.augment(prepared[None], generator())
+    assert torch.allclose(views, ((pixels * factor - mean) / std).view(1, 3, 1, 1).expand(1, 3, 16, 16), atol=1e-4)
+
+
+def test_squashed_parts_are_prepared_at_their_own_size_or_reduced_to_a_canvas():
+    def prepare(picture, **options):
+        return TrainingTransform(image_processor(), "random_crop_squash", **options).prepare(picture)
+
+    large, small = smooth_picture(50, 40), smooth_picture(18, 30)
+    assert torch.equal(prepare(large), to_tensor(large))
+    assert prepare(large, canvas=20).shape == (3, 20, 20)  # each axis on its own: the part is squashed anyway
+    assert prepare(small, canvas=20).shape == (3, 20, 18)
+    assert torch.equal(prepare(small, canvas=40), to_tensor(small))
+    assert torch.equal(prepare(large, canvas=20), to_tensor(resize_picture(large, (20, 20))))
+    assert prepare(Image.new("P", (900, 30)), canvas=16).shape == (3, 16, 16)
+    assert prepare(Image.new("L", (9, 9))).shape == (3, 9, 9)
+    with pytest.raises(ValueError, match="canvas=15"):
+        prepare(large, canvas=15)
+    with pytest.raises(ValueError, match="no pixels"):
+        prepare(Image.new("RGB", (0, 9)))

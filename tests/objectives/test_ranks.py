@@ -7,11 +7,18 @@ import sys
 import pytest
 import torch
 from torch.nn.functional import normalize
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import hf_vlp.evaluation.ranks as ranks_module
 from hf_vlp.evaluation.encoding import PictureError, encode, in_place, shard
 from hf_vlp.evaluation.ranks import best_ranks, ranks_both_ways, ranks_from_scores, recalls, rsum, top_targets
-from hf_vlp.evaluation.retrieval import RetrievalSet, evaluate_retrieval, five_fold_1k, retrieval_metrics
+from hf_vlp.evaluation.retrieval import (
+    RetrievalSet,
+    evaluate_retrieval,
+    exact_unit_rows,
+    five_fold_1k,
+    retrieval_metrics,
+)
 
 
 def by_hand(scores, query_ids, target_ids):
@@ -88,6 +95,7 @@ def test_blocks_bound_the_memory(monkeypatch):
     x, y = torch.randn(60, 8, generator=generator), torch.randn(300, 8, generator=generator)
     ids = torch.arange(60)
     whole = ranks_both_ways(x, y, ids, ids.repeat_interleave(5))
+    assert 5000 * 25000 <= ranks_module.WHOLE_ELEMENTS  # COCO's scores are computed once
     monkeypatch.setattr(ranks_module, "BLOCK_ELEMENTS", 900)
     monkeypatch.setattr(ranks_module, "WHOLE_ELEMENTS", 900)
     sizes.clear()
@@ -249,6 +257,148 @@ def test_kept_pictures_and_prompts():
 
     report = evaluate_retrieval(Model(), Processor(), kept, batch_size=3, prompt=prompt, progress=False)
     assert report.metrics["rsum"] == 600.0 and len(prompted) == 30 and report.captions[1] == "0"
+
+
+class Regions:
+    """A processor of regions: image i of the store has 1 + i % 3 rows, the real ones first, the last one telling i."""
+
+    feature_extractor = "of regions"
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, regions=None, text=None, return_tensors="pt", padding=True):
+        if text is not None:
+            return Processor()(text=text)
+        self.asked += [str(key) for key in regions]
+        numbers = [int(str(key).removeprefix("n")) for key in regions]
+        counts = torch.tensor([1 + number % 3 for number in numbers])
+        mask = (torch.arange(int(counts.max())) < counts[:, None]).long()
+        features = torch.zeros(len(numbers), mask.shape[1], 2)
+        for row, (number, count) in enumerate(zip(numbers, counts)):
+            features[row, :count] = 1.0
+            features[row, count - 1, 1] = number
+        return {"region_features": features, "region_mask": mask}
+
+
+class RegionModel(Model):
+    """Counts regions where the mask says so; the length of a row of a batch is seen, too."""
+
+    def __init__(self, scale=1.0, width=40):
+        super().__init__(width)
+        self.scale = scale
+        self.lengths = []
+
+    def get_image_features(self, region_features, region_mask):
+        self.lengths.append(region_mask.shape[1])
+        assert not region_features[region_mask == 0].any()
+        last = region_mask.sum(dim=1) - 1
+        numbers = region_features[torch.arange(len(last)), last, 1].long()
+        # a batch that is filled up further gives other features: it must be the same when regions are kept
+        return self.scale * self.table[numbers] * (1 + 0.1 * region_mask.shape[1])
+
+
+def region_records(images=10):
+    """No pictures; the store's key is `regions`, or `image_id` where there is no such column."""
+    return [{"regions": f"n{i}", "captions": [f"it is {i}", f"{i}"], "image_id": 100 + i} for i in range(images)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 128])
+def test_regions_kept_and_read_anew_give_the_same(batch_size):
+    processor, rows = Regions(), region_records()
+    reports, lengths = [], []
+    for records in (rows, RetrievalSet(rows, processor)):
+        processor.asked.clear()
+        model = RegionModel()
+        reports.append(evaluate_retrieval(model, processor, records, batch_size=batch_size, progress=False))
+        lengths.append(model.lengths)
+    assert processor.asked == []  # kept
+    assert lengths[0] == lengths[1] and set(lengths[0]) == ({1, 2, 3} if batch_size == 1 else {3})
+    assert torch.equal(reports[0].image_features, reports[1].image_features)
+    assert reports[0].to_dict() == reports[1].to_dict() and reports[0].metrics["rsum"] == 600.0
+    kept = RetrievalSet(rows, processor).kept
+    assert [row["region_features"].shape for row in kept[:3]] == [(1, 2), (2, 2), (3, 2)]
+
+
+def test_which_column_names_the_regions():
+    processor = Regions()
+    by_id = [{"captions": row["captions"], "image_id": row["regions"]} for row in region_records(4)]
+    evaluate_retrieval(RegionModel(), processor, by_id, progress=False)
+    evaluate_retrieval(RegionModel(), processor, region_records(4), progress=False)
+    assert processor.asked == ["n0", "n1", "n2", "n3"] * 2
+    # without image_id two rows of one key are one image
+    plain = [{"captions": [text], "regions": row["regions"]} for row in region_records(4) for text in row["captions"]]
+    assert len(RetrievalSet(plain)) == 4 and RetrievalSet(plain).text_ids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    broken = region_records(4)
+    broken[2] = broken[2] | {"regions": None}
+    with pytest.raises(ValueError, match="record 2 names no regions: it has no `regions`"):
+        evaluate_retrieval(RegionModel(), processor, broken, progress=False)
+    with pytest.raises(ValueError, match="record 0 names no regions: it has no `image_id`"):
+        evaluate_retrieval(RegionModel(), processor, [{"captions": ["a"]}], progress=False)
+    with pytest.raises(PictureError, match="record 0 has no picture"):
+        evaluate_retrieval(Model(), Processor(), region_records(), progress=False)
+
+
+def test_reading_regions_decodes_no_picture():
+    from datasets import Dataset, Image
+
+    rows = [row | {"image": "absent.png"} for row in region_records(4)]
+    data = Dataset.from_list(rows).cast_column("image", Image())
+    report = evaluate_retrieval(RegionModel(), Regions(), data, progress=False)
+    assert report.metrics["rsum"] == 600.0
+    bare = evaluate_retrieval(RegionModel(), Regions(), data.remove_columns("image"), progress=False)
+    assert bare.to_dict() == report.to_dict()
+    with pytest.raises(PictureError, match="record 0 cannot be read"):
+        evaluate_retrieval(Model(), Processor(), data, progress=False)
+
+
+def test_only_rounded_unit_rows_are_made_unit():
+    generator = torch.Generator().manual_seed(0)
+    unit = normalize(torch.randn(50, 256, generator=generator), dim=1)
+    for rounded in (unit, unit.bfloat16().float(), unit.half().float()):
+        found, were_unit = exact_unit_rows(rounded)
+        assert were_unit and (found.norm(dim=1) - 1).abs().max() < 1e-6
+    assert (unit.bfloat16().float().norm(dim=1) - 1).abs().max() > 1e-5  # there was something to repair
+    for raw in (unit * 1.02, torch.cat([unit, unit[:1] * 3]), torch.randn(50, 256, generator=generator)):
+        found, were_unit = exact_unit_rows(raw)
+        assert not were_unit and found is raw
+
+
+def test_inner_products_stay_inner_products():
+    class Longer(RegionModel):
+        def get_image_features(self, region_features, region_mask):
+            # image 3 is long and lies between the others' directions
+            features = super().get_image_features(region_features, region_mask)
+            return features + 5.0 * (features[:, 3:4] > 0) * torch.ones(40)
+
+    raw = evaluate_retrieval(Longer(scale=2.0), Regions(), region_records(), progress=False)
+    assert "inner product" in raw.protocol and "cosine" not in raw.protocol
+    # every caption but its own finds image 3 first, by its length; the cosine would not
+    assert raw.metrics["text_to_image/R@1"] == 10.0
+    assert raw.image_features[3].norm() > 30
+    cosine = retrieval_metrics(normalize(raw.image_features, dim=1), raw.text_features, raw.image_ids, raw.text_ids)
+    assert cosine["text_to_image/R@1"] == 100.0
+    assert torch.equal(raw.scores(), raw.image_features @ raw.text_features.T)
+    plain = evaluate_retrieval(Model(), Processor(), records(), progress=False)
+    assert ", cosine, best positive counts, ties count against it" in plain.protocol
+
+
+def test_features_that_transformers_wraps_are_compared_by_cosine():
+    class Wrapped(Model):
+        def get_image_features(self, pixel_values):
+            return BaseModelOutputWithPooling(pooler_output=7 * super().get_image_features(pixel_values))
+
+    report = evaluate_retrieval(Wrapped(), Processor(), records(), progress=False)
+    assert torch.equal(report.image_features.norm(dim=1), torch.ones(10)) and "cosine" in report.protocol
+
+
+def test_fingerprints_tell_captions_and_their_images_apart():
+    def of(rows):
+        return evaluate_retrieval(Model(), Processor(), rows, progress=False).fingerprint()
+
+    rows = records(3)
+    assert of(rows) == of([row | {"image_id": f"another name, {row['image_id']}"} for row in rows])
+    assert len({of(rows), of(rows[:3]), of([rows[1], rows[0], *rows[2:]]), of(records(2))}) == 4
 
 
 def test_retrieval_on_bad_records_and_models():

@@ -6,10 +6,16 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, CLIPTokenizer
+from transformers import AutoTokenizer, BertTokenizer, CLIPTokenizer
 
 from hf_vlp.inputs.text_cleaning import clean_clip_text
-from hf_vlp.inputs.vocabulary import byte_symbols, clip_tokenizer_from_merges, decode_clip, train_clip_tokenizer
+from hf_vlp.inputs.vocabulary import (
+    byte_symbols,
+    clip_tokenizer_from_merges,
+    decode_clip,
+    train_clip_tokenizer,
+    train_wordpiece_tokenizer,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "clip"
 RELEASED = files("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
@@ -233,3 +239,46 @@ def test_a_trained_tokenizer_survives_its_folder(trained, tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.get_vocab() == trained.get_vocab()
     assert loaded(CAPTIONS) == trained(CAPTIONS)
+
+
+# Word pieces
+
+BERT_FIRST = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def test_word_pieces_have_the_layout_of_bert_and_join_what_is_frequent():
+    tokenizer = train_wordpiece_tokenizer(["Hug hug HUG hug", "hugs pun"], 17, 16)
+    entries = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert type(tokenizer) is BertTokenizer
+    assert entries == [*BERT_FIRST, *"ghnpsu", "##g", "##n", "##s", "##u", "hu", "hug"]
+    assert tokenizer.tokenize("a HUGS") == ["[UNK]", "hug", "##s"]
+    ids = tokenizer("hug pun")["input_ids"]
+    assert ids == [2, entries.index("hug"), entries.index("p"), entries.index("##u"), entries.index("##n"), 3]
+    assert tokenizer.model_max_length == 16 and tokenizer.pad_token_id == 0 and tokenizer.mask_token_id == 4
+
+
+def test_word_pieces_repeat_and_depend_on_the_texts(tmp_path):
+    tokenizer = train_wordpiece_tokenizer(iter(CAPTIONS), 60, 16)
+    assert tokenizer.get_vocab() == train_wordpiece_tokenizer(CAPTIONS, 60, 16).get_vocab()
+    assert tokenizer.get_vocab() != train_wordpiece_tokenizer([*CAPTIONS, "seven zebras"], 60, 16).get_vocab()
+    assert len(tokenizer.tokenize("photos")) < len("photos")
+    assert "[UNK]" not in tokenizer.tokenize("the two cats of a photo 猫") and "[UNK]" in tokenizer.tokenize("zebra")
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.get_vocab() == tokenizer.get_vocab() and loaded.model_max_length == 16
+    assert loaded(CAPTIONS)["input_ids"] == tokenizer(CAPTIONS)["input_ids"]
+
+
+def test_a_special_token_in_a_caption_is_text_after_training_and_loading(tmp_path):
+    tokenizer = train_wordpiece_tokenizer(["a [mask] of a cat"] * 2, 60, 16)
+    assert 4 not in tokenizer("a [MASK]")["input_ids"]
+    assert tokenizer("a [MASK]", split_special_tokens=False)["input_ids"][2] == 4
+
+
+def test_word_pieces_that_cannot_be_trained():
+    with pytest.raises(ValueError, match="vocab_size=8 is below 9"):
+        train_wordpiece_tokenizer(["ab ba"], 8, 16)  # five special tokens, a, b, ##a, ##b
+    assert len(train_wordpiece_tokenizer(["ab ba"], 9, 16)) == 9
+    assert len(train_wordpiece_tokenizer(["ab ba"], 900, 16)) == 9  # no pair twice
+    with pytest.raises(ValueError, match="max_length=2"):
+        train_wordpiece_tokenizer(["ab ba"], 20, 2)

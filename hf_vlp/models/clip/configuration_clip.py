@@ -11,14 +11,13 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_vlp.configuration import OwnArchitectureOnly, refuse_near_misses
-
-
-def _positive(config: PreTrainedConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if any(item < 1 for item in (value if isinstance(value, (list, tuple)) else [value])):
-            raise ValueError(f"{type(config).__name__}.{name} must be 1 or more, got {value}")
+from hf_vlp.configuration import (
+    OwnArchitectureOnly,
+    refuse_near_misses,
+    require_choice,
+    require_positive,
+    tower_by_name,
+)
 
 
 def _heads_divide(config: PreTrainedConfig, width: int, name: str) -> None:
@@ -60,8 +59,8 @@ class VlpClipTextConfig(OwnArchitectureOnly, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
-        _positive(self, "num_attention_heads")
+        require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+        require_positive(self, "num_attention_heads")
         _heads_divide(self, self.hidden_size, "hidden_size")
         if self.pooling not in ("eos", "largest_id"):
             raise ValueError(f'pooling must be "eos" or "largest_id", got {self.pooling!r}')
@@ -93,8 +92,8 @@ class VlpClipVisionConfig(OwnArchitectureOnly, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        _positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
-        _positive(self, "image_size", "patch_size")
+        require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
+        require_positive(self, "image_size", "patch_size")
         _heads_divide(self, self.hidden_size, "hidden_size")
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}")
@@ -134,19 +133,12 @@ class VlpClipResNetConfig(OwnArchitectureOnly, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        _positive(self, "width", "layers", "num_attention_heads", "num_channels", "projection_dim")
+        require_positive(self, "width", "layers", "num_attention_heads", "num_channels", "projection_dim")
         if self.width % 2 or len(self.layers) != 4:
             raise ValueError(f"width must be even and layers four numbers, got width {self.width} and layers {self.layers}")
         if self.image_size < 32:
             raise ValueError(f"image_size {self.image_size} is smaller than the output stride of 32")
         _heads_divide(self, self.hidden_size, "width * 32 =")
-
-
-def tower_by_name(name: str) -> PreTrainedConfig | dict:
-    """The configuration behind a tower's name: "timm/<architecture>", or a transformers model's folder or Hub id."""
-    if name.startswith("timm/"):
-        return {"model_type": "timm_wrapper", "architecture": name.removeprefix("timm/")}
-    return AutoConfig.from_pretrained(name)
 
 
 @strict
@@ -193,18 +185,17 @@ class VlpClipConfig(OwnArchitectureOnly, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        _positive(self, "projection_dim")
+        require_positive(self, "projection_dim")
         if isinstance(self.logit_scale_max, str):
             raise ValueError(f'logit_scale_max must be a number, None or "auto", got {self.logit_scale_max!r}')
-        for name, allowed in (
-            ("contrastive_loss", ("softmax", "sigmoid")),
-            ("contrastive_targets", ("identity", "plain")),
-            ("negatives", ("global", "local")),
-            ("foreign_text_pooling", ("mean", "first", "pooler")),
-            ("classifier_input", ("raw", "unit")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        require_choice(
+            self,
+            contrastive_loss=("softmax", "sigmoid"),
+            contrastive_targets=("identity", "plain"),
+            negatives=("global", "local"),
+            foreign_text_pooling=("mean", "first", "pooler"),
+            classifier_input=("raw", "unit"),
+        )
         resnet = isinstance(self.vision_config, VlpClipResNetConfig)
         if resnet and self.vision_config.projection_dim != self.projection_dim:
             raise ValueError(

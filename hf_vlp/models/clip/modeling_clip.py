@@ -15,8 +15,6 @@ Differences from the released code:
 8. In training and for features, the last block runs only for the pooled row. Exact.
 """
 
-import inspect
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -45,6 +43,7 @@ from hf_vlp.layers.pooling import (
     unit_rows,
 )
 from hf_vlp.layers.resnet import OUTPUT_STRIDE, AttentionPool, Bottleneck, ModifiedResNet
+from hf_vlp.layers.towers import LoadsOutOfAPair, build_tower, fill_tower, require_pairs, tower_width
 from hf_vlp.models.clip.configuration_clip import (
     VlpClipConfig,
     VlpClipResNetConfig,
@@ -140,26 +139,11 @@ class VlpClipPreTrainedModel(InitializesEveryModule, PreTrainedModel):
             module.reset_parameters()
 
 
-class VlpClipTower(VlpClipPreTrainedModel):
+class VlpClipTower(LoadsOutOfAPair, VlpClipPreTrainedModel):
     """One tower alone: it also loads its part out of a folder that holds the whole model."""
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls._keys_to_ignore_on_load_unexpected = [
-            rf"^(clip\.)?(?!{cls.base_model_prefix}\.)(text_model|vision_model|text_projection|visual_projection|logit_scale)",
-            r"^(clip\.)?(logit_bias|classifier)",
-        ]
-
-    @classmethod
-    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
-        """As in transformers; weights under `clip.` or under the tower's name in the whole model are found as well."""
-        return super().from_pretrained(
-            *args, key_mapping={rf"^(?:clip\.)?{cls.base_model_prefix}\.": "", **(key_mapping or {})}, **kwargs
-        )
-
-    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
-        """As in transformers, under the tower's own names: a mapping used in loading is not undone unless asked for."""
-        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+    pair_prefix = "clip"
+    pair_parts = ("text_model", "vision_model", "text_projection", "visual_projection", "logit_scale", "logit_bias", "classifier")
 
 
 class VlpClipTextModel(VlpClipTower):
@@ -408,20 +392,6 @@ class VlpClipResNetModel(VlpClipImageTower):
         return self(pixel_values).pooler_output
 
 
-def build_tower(config, pooler: bool) -> PreTrainedModel:
-    """The model of a tower's configuration, without an unused pooling layer where its class can be built without one."""
-    if not pooler:
-        model_class = AutoModel._model_mapping.get(type(config), None)
-        if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-            return model_class._from_config(config, add_pooling_layer=False)
-    return AutoModel.from_config(config)
-
-
-def tower_width(tower: PreTrainedModel) -> int:
-    """Width D of a tower's states, as its configuration or its timm model tells."""
-    return tower.timm_model.num_features if hasattr(tower, "timm_model") else tower.config.hidden_size
-
-
 def build_image_side(config: VlpClipConfig) -> tuple[PreTrainedModel, nn.Module]:
     """The image tower and its projection into the joint space; a modified ResNet projects inside its attention pool."""
     tower = build_tower(config.vision_config, pooler=True)
@@ -463,15 +433,16 @@ class VlpClipModel(VlpClipPreTrainedModel):
         }
         model = cls(VlpClipConfig(vision_config=towers["vision_model"].config, text_config=towers["text_model"].config, **config))
         for name, tower in towers.items():
-            missing, unexpected = getattr(model, name).load_state_dict(tower.state_dict(), strict=False)
-            unexpected = [key for key in unexpected if not key.startswith("pooler.")]
-            if missing or unexpected:
-                raise ValueError(
-                    f"the {type(tower).__name__} given as {name} does not fill a {type(getattr(model, name)).__name__}: it lacks "
-                    f"{', '.join(missing[:5]) or 'nothing'} and has besides {', '.join(unexpected[:5]) or 'nothing'}; "
-                    "give the bare encoder, as AutoModel loads it"
-                )
+            fill_tower(model, name, tower)
         return model
+
+    def fill_tower(self, name: str, tower: str | PreTrainedModel) -> None:
+        """Give `text_model` or `vision_model` pretrained weights: of a folder, a Hub id or a model.
+
+        Raises:
+            ValueError: no such tower, or the weights are not those of its class; a pooling layer left unused is allowed.
+        """
+        fill_tower(self, name, tower)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -554,14 +525,6 @@ class VlpClipModel(VlpClipPreTrainedModel):
         text_embeds = unit_rows(self.text_projection(self.pool_text(text, attention_mask)))
         per_image = self.logit_scale().to(image_embeds.dtype) * image_embeds @ text_embeds.T
         return DualEncoderOutput(per_image, per_image.T, text_embeds, image_embeds, text, vision)
-
-
-def require_pairs(**sides: torch.Tensor | None) -> None:
-    """Raise a ValueError unless all that is given has the same number of rows."""
-    rows = {name: len(tensor) for name, tensor in sides.items() if tensor is not None}
-    if len(set(rows.values())) > 1:
-        counts = ", ".join(f"{number} {name}" for name, number in rows.items())
-        raise ValueError(f"row i of the texts belongs to row i of the images, got {counts}: give the same number of each")
 
 
 class VlpClipForPreTraining(VlpClipPreTrainedModel):

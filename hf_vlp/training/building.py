@@ -1,0 +1,109 @@
+"""The configuration and the model that a recipe asks for."""
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_vlp.training.recipe import Recipe, RecipeError
+
+
+def build_config(recipe: Recipe) -> PreTrainedConfig:
+    """The saved or new configuration, with the recipe's fields."""
+    if recipe.model.from_pretrained is None:
+        if recipe.model.model_type not in CONFIG_MAPPING:
+            nearest = difflib.get_close_matches(recipe.model.model_type, [*CONFIG_MAPPING.keys()], n=1, cutoff=0)[0]
+            raise RecipeError(f"model.model_type = {recipe.model.model_type!r} is unknown; the nearest is {nearest!r}")
+        try:
+            config = AutoConfig.for_model(recipe.model.model_type, **recipe.model.config)
+        except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:
+            raise RecipeError(f"model.config: {' '.join(str(error).split())}") from error
+        refuse_ignored(config, recipe.model.config)
+        return config
+    config = AutoConfig.from_pretrained(recipe.model.from_pretrained)
+    override(config, recipe.model.config)
+    return config
+
+
+def override(config: PreTrainedConfig, values: dict, where: str = "model.config") -> None:
+    """Sets fields of a saved configuration and of those inside it."""
+    for name, value in values.items():
+        if name == "model_type" and value != config.model_type:
+            raise RecipeError(
+                f"{where}.model_type = {value!r}: the saved model has {config.model_type!r}, leave it out"
+            )
+        if name not in settable(config) and name not in vars(config):
+            raise unknown_field(config, name, where)
+        if isinstance(value, dict) and isinstance(getattr(config, name), PreTrainedConfig):
+            override(getattr(config, name), value, f"{where}.{name}")
+        elif name != "model_type":
+            try:
+                setattr(config, name, value)
+            except (TypeError, ValueError, StrictDataclassError) as error:
+                raise RecipeError(f"{where}.{name} = {value!r}: {' '.join(str(error).split())}") from error
+
+
+def refuse_ignored(config: PreTrainedConfig, values: dict, where: str = "model.config") -> None:
+    """Errs at a key that a new configuration only carries along.
+
+    transformers keeps what no field takes as an attribute; an older name that a foreign configuration understands is used up.
+    """
+    for name, value in values.items():
+        if name not in settable(config) and name in vars(config):
+            raise unknown_field(config, name, where)
+        if isinstance(value, dict) and isinstance(getattr(config, name, None), PreTrainedConfig):
+            refuse_ignored(getattr(config, name), value, f"{where}.{name}")
+
+
+def settable(config: PreTrainedConfig) -> set[str]:
+    """Names that a configuration takes: fields, their other names, and properties that can be set."""
+    kind = type(config)
+    properties = {name for name in dir(kind) if getattr(getattr(kind, name), "fset", None)}
+    return {field.name for field in fields(kind)} | set(kind.attribute_map) | properties | {"model_type"}
+
+
+def unknown_field(config: PreTrainedConfig, name: str, where: str) -> RecipeError:
+    shown = sorted(known for known in settable(config) if not known.startswith("_"))
+    nearest = difflib.get_close_matches(name, shown, n=1, cutoff=0)[0]
+    return RecipeError(f"{where}.{name}: {type(config).__name__} has no such field; the nearest is {nearest!r}")
+
+
+def build_model(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> PreTrainedModel:
+    """Float32 weights, saved or random; a new text tower gets the vocabulary of the tokenizer.
+
+    Raises:
+        RecipeError: a tower of `model.towers` that the model does not have or that its weights do not fit.
+    """
+    attention = {"attn_implementation": recipe.training.attention} if recipe.training.attention else {}
+    if recipe.model.from_pretrained:
+        # half-precision weights would not survive the first step
+        source, wanted = recipe.model.from_pretrained, getattr(config.vision_config, "image_size", None)
+        stored = getattr(AutoConfig.from_pretrained(source).vision_config, "image_size", None)
+        if wanted != stored:
+            config.vision_config.image_size = stored
+        model = AutoModelForPreTraining.from_pretrained(source, config=config, dtype=torch.float32, **attention)
+        if wanted != stored:
+            resize_images(model, wanted)
+        return model
+    config.text_config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config.text_config, name, getattr(tokenizer, name))
+    model = AutoModelForPreTraining.from_config(config, **attention)
+    for name, source in recipe.model.towers.items():
+        try:
+            model.base_model.fill_tower(name, source)
+        except (ValueError, OSError, AttributeError) as error:
+            raise RecipeError(f"model.towers.{name} = {source!r}: {' '.join(str(error).split())}") from error
+    return model
+
+
+def resize_images(model: PreTrainedModel, image_size: int) -> None:
+    """Go on with images of another size; only a model with a table of positions has to be changed for it."""
+    if hasattr(model, "resize_image_positions"):
+        model.resize_image_positions(image_size)
+    else:
+        model.config.vision_config.image_size = image_size

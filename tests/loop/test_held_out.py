@@ -1,0 +1,105 @@
+"""Evaluation within a run: region inputs kept or read anew, and the picture sheet of records with and without pictures."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from hf_vlp.evaluation.encoding import PictureError
+from hf_vlp.training.results import HeldOut
+
+
+class RegionModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.eye(8))
+
+    def get_image_features(self, region_features, region_mask):
+        return self.table[(region_features[..., 0] * region_mask).amax(dim=1).long()]
+
+    def get_text_features(self, input_ids, attention_mask):
+        return self.table[input_ids[:, 0]]
+
+
+class PictureModel(RegionModel):
+    def get_image_features(self, pixel_values):
+        return self.table[pixel_values[:, 0, 0, 0].long()]
+
+
+class Processor:
+    """Regions of image i: 1 + i % 2 rows that tell i. Counts what it was asked for."""
+
+    def __init__(self, of_regions=True):
+        self.feature_extractor = "of regions" if of_regions else None
+        self.asked = 0
+
+    def __call__(self, images=None, regions=None, text=None, return_tensors="pt", padding=True):
+        if text is not None:
+            ids = torch.tensor([[int(line)] for line in text])
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self.asked += len(regions or images)
+        if images is not None:
+            levels = torch.tensor([image.getpixel((0, 0))[0] for image in images])
+            return {"pixel_values": levels[:, None, None, None].expand(-1, 3, 2, 2).float()}
+        mask = torch.tensor([[1, key % 2] for key in regions])
+        return {"region_features": torch.tensor(regions)[:, None, None] * mask[..., None].float(), "region_mask": mask}
+
+
+def held_out(model, processor, rows, cache=True):
+    data = SimpleNamespace(cache=cache, test="pairs.jsonl", test_split=None)
+    recipe = SimpleNamespace(data=data, training=SimpleNamespace(mixed_precision="no"))
+    return HeldOut(recipe, Accelerator(cpu=True), model, processor, {"validation": None, "test": rows})
+
+
+def rows_of(**columns):
+    return [
+        {"captions": [str(i)], "image_id": i, **{name: give(i) for name, give in columns.items()}} for i in range(6)
+    ]
+
+
+STREAM = SimpleNamespace(progress=SimpleNamespace(step=3))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_regions_are_processed_once_or_at_every_evaluation(cache, capsys):
+    processor = Processor()
+    run = held_out(RegionModel(), processor, rows_of(regions=lambda i: i), cache)
+    first, second = run.evaluate(STREAM), run.evaluate(STREAM)
+    assert first == second and first["test/rsum"] == 600.0
+    assert processor.asked == (6 if cache else 12)
+    assert "test, step 3" in capsys.readouterr().out
+    assert run.results()[0]["protocol"].endswith("float32, regions")
+
+
+def test_a_sheet_needs_pictures(tmp_path):
+    run = held_out(RegionModel(), Processor(), rows_of(regions=lambda i: i))
+    assert run.draw_sheet(tmp_path / "sheet.png") is None  # nothing was evaluated
+    run.evaluate(STREAM)
+    assert run.draw_sheet(tmp_path / "sheet.png") is None and not list(tmp_path.iterdir())
+    for missing in (lambda i: None, lambda i: Image.new("RGB", (4, 4)) if i else None):
+        run = held_out(RegionModel(), Processor(), rows_of(regions=lambda i: i, image=missing))
+        run.evaluate(STREAM)
+        assert run.draw_sheet(tmp_path / "sheet.png") is None and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("of_regions", [True, False])
+def test_a_sheet_of_records_with_pictures(tmp_path, of_regions):
+    rows = rows_of(regions=lambda i: i, image=lambda i: Image.new("RGB", (4, 4), (i, 0, 0)))
+    run = held_out(RegionModel() if of_regions else PictureModel(), Processor(of_regions), rows)
+    run.evaluate(STREAM)
+    assert run.draw_sheet(tmp_path / "sheet.png") == tmp_path / "sheet.png"
+    assert Image.open(tmp_path / "sheet.png").width > 100
+
+
+def test_a_model_of_pictures_does_not_pass_over_a_missing_one(tmp_path):
+    rows = rows_of(image=lambda i: Image.new("RGB", (4, 4), (i, 0, 0)))
+    run = held_out(PictureModel(), Processor(of_regions=False), rows)
+    run.evaluate(STREAM)
+    for row in rows:
+        row["image"] = None
+    with pytest.raises(PictureError, match="has no picture"):
+        run.draw_sheet(tmp_path / "sheet.png")
+    with pytest.raises(PictureError, match="record 0 has no picture"):
+        held_out(PictureModel(), Processor(of_regions=False), rows_of(regions=lambda i: i))
