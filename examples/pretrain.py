@@ -10,6 +10,7 @@ of `--output` (default runs/<recipe>), `--dry-run` prints size, memory and time 
 """
 
 import argparse
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import set_seed
 from transformers import AutoProcessor, AutoTokenizer
 
@@ -42,7 +43,7 @@ from hf_vlp.inputs.vocabulary import (
     train_wordpiece_tokenizer,
 )
 from hf_vlp.inputs.word_tokenizer import VlpWordTokenizer, train_word_tokenizer
-from hf_vlp.training.building import build_config, build_model
+from hf_vlp.training.building import build_config, build_model, chosen_precision
 from hf_vlp.training.loop import dry_run, train
 from hf_vlp.training.optim import optimizer_of, schedule
 from hf_vlp.training.ramps import FROZEN_STAGES, ramped
@@ -110,10 +111,23 @@ def build_tokenizer(recipe: Recipe, records):
 
 
 def build_processor(recipe: Recipe, config, records):
-    """A saved processor, or a new one with a given or a trained tokenizer; the image size, or the width of regions, is the model's."""
+    """A saved processor, or a new one with a given or a trained tokenizer; the image size, or the width of regions, is the model's.
+
+    Raises:
+        RecipeError: data of another kind than the model sees, or settings that its processor does not have.
+    """
     chosen, size = recipe.processor, getattr(config.vision_config, "image_size", None)
     saved = chosen.from_pretrained or recipe.model.from_pretrained
     cleaning = {} if chosen.text_cleaning is None else {"text_cleaning": chosen.text_cleaning}
+    row = TABLE[config.model_type]
+    if recipe.data.regions is None and config.vision_config is None:
+        raise RecipeError("data.regions is required: this model sees regions; name a region store, or give it a vision_config")
+    if recipe.data.regions is not None and config.vision_config is not None:
+        raise RecipeError(f"data.regions = {recipe.data.regions!r}: this model sees pixels (its vision_config is set); leave it out")
+    if cleaning and "text_cleaning" not in inspect.signature(resolve(row.processor)).parameters:
+        raise RecipeError(
+            f"processor.text_cleaning = {chosen.text_cleaning!r}: the processor of {config.model_type} cleans no text; leave it out"
+        )
     if recipe.data.regions is not None:
         options = {"region_store": located(recipe.data.regions)}
     else:
@@ -130,11 +144,8 @@ def build_processor(recipe: Recipe, config, records):
         if cleaning:
             processor = type(processor)(processor.image_processor, processor.tokenizer, **cleaning)
         return processor
-    row = TABLE[config.model_type]
     side = "feature_extractor" if recipe.data.regions is not None else "image_processor"
-    name = row.feature_extractor if recipe.data.regions is not None else row.image_processors.get("torchvision")
-    if name is None:
-        raise RecipeError(f"data.regions = {recipe.data.regions!r}: a {config.model_type} model takes no regions")
+    name = row.feature_extractor if recipe.data.regions is not None else row.image_processors["torchvision"]
     options |= {"feature_size": config.region_size} if recipe.data.regions is not None else {}
     parts = {side: resolve(name)(**options), "tokenizer": build_tokenizer(recipe, records)}
     return resolve(row.processor)(**parts, **cleaning)
@@ -150,7 +161,10 @@ def build_collator(recipe: Recipe, processor, model, transform) -> PairCollator:
         if not hasattr(model, "count_cells") or transform is None:
             raise RecipeError("data.size_augmentation.grid: this model pools no grid of cells; set it to 0")
         cells = GridDropping(model.count_cells(transform.augment.size, transform.augment.size), shares.grid)
-    texts = CaptionAugmentation(processor.tokenizer, shares.captions) if shares.captions else None
+    try:
+        texts = CaptionAugmentation(processor.tokenizer, shares.captions) if shares.captions else None
+    except ValueError as error:
+        raise RecipeError(f"data.size_augmentation.captions = {shares.captions}: {error}") from error
     return PairCollator(processor, augment, seed=recipe.training.seed, augment_text=texts, draw_cells=cells)
 
 
@@ -168,6 +182,7 @@ def main() -> None:
     training = recipe.training
 
     check_trackers(recipe.trackers)
+    training.mixed_precision = chosen_precision(training.mixed_precision, PartialState().device)
     accelerator = Accelerator(
         mixed_precision=training.mixed_precision,
         log_with=recipe.trackers or None,
@@ -295,18 +310,19 @@ def main() -> None:
         held_out.evaluate(stream)
 
     # ------------------------------------------------------------------------------------------------ results
+    sheet = None
     if accelerator.is_main_process:
         with files_into(folder) as partial:
             accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(partial)
             processor.save_pretrained(partial)
         write_text(folder / "results.json", json.dumps(held_out.results(), indent=1, ensure_ascii=False))
         draw_curves(folder / "metrics.jsonl", folder / "curves.png")
-        held_out.draw_sheet(folder / "retrieval.png")
+        sheet = held_out.draw_sheet(folder / "retrieval.png")
         write_card(folder)
     spent = stream.progress
     accelerator.print(
         f"\ntraining {spent.training_seconds:.0f} s, evaluation {spent.evaluation_seconds:.0f} s; "
-        f"{folder} holds the model, curves.png, retrieval.png, results.json and README.md. To load it:\n\n"
+        f"{folder} holds the model, curves.png, {'retrieval.png, ' if sheet else ''}results.json and README.md. To load it:\n\n"
         "import hf_vlp; from transformers import AutoModel, AutoProcessor\n"
         f'model = AutoModel.from_pretrained("{folder}")\n'
         f'processor = AutoProcessor.from_pretrained("{folder}")'

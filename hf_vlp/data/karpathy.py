@@ -35,6 +35,7 @@ def read_karpathy(
     *,
     restval: bool = True,
     captions_per_image: int | None = None,
+    pictures: bool = True,
 ) -> "Dataset":
     """Read one split as records with `image`, `captions`, `image_id` (COCO's id, else the file's `imgid`), `filename`.
 
@@ -45,9 +46,10 @@ def read_karpathy(
         restval: COCO's 30,504 pictures marked restval join `train`, as all published results have it.
         captions_per_image: keep the first so many captions. The COCO 5K protocol scores 5 (25,000 in all), while some
             pictures have 6 or 7.
+        pictures: False leaves the column `image` out where the pictures are not below `image_root`, for models that see regions.
 
     Raises:
-        FileNotFoundError: no such file or folder, or the split's first picture is not below `image_root`.
+        FileNotFoundError: no such file or folder, or the split's first picture is not below `image_root` (with `pictures`).
         ValueError: the file has no such split.
         RecordError: an entry lacks a field, has no captions, or fewer than `captions_per_image`.
     """
@@ -77,9 +79,13 @@ def read_karpathy(
     if not rows["image"]:
         counts = Counter(entry["split"] for entry in content["images"])
         raise ValueError(f"{json_path} has no split {split!r}. It has: {dict(counts)}. Choose one.")
-    if not Path(rows["image"][0]).is_file():
-        raise FileNotFoundError(f"no picture {rows['image'][0]}. image_root must hold the sub-folders the file names.")
     features = {"image": Image(), "captions": List(Value("string"))}
+    if not Path(rows["image"][0]).is_file():
+        if pictures:
+            raise FileNotFoundError(
+                f"no picture {rows['image'][0]}. image_root must hold the sub-folders the file names."
+            )
+        del rows["image"], features["image"]
     return Dataset.from_dict(
         rows, features=Features({**features, "image_id": Value("string"), "filename": Value("string")})
     )

@@ -223,7 +223,7 @@ class ImageTextPairs(torch.utils.data.Dataset):
         key = record["regions"] if "regions" in record else record["image_id"]
         try:
             return self.regions.read(key)
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, TypeError, ValueError, OSError) as error:
             reason = str(error.args[0] if error.args else error)
             return RecordError(
                 row, "regions", reason, "Repair or remove the row, or skip such rows with on_bad_record='skip'."
@@ -272,9 +272,11 @@ def _undecoded(records: Any) -> Any:
 
 
 def _without_pictures(records: Any) -> Sequence[Mapping[str, Any]]:
-    """All columns but the pictures, as a list with an `image_id` in every row."""
+    """All columns but the pictures, as a list with an `image_id` in every row: the regions' key, else the row's position."""
     if hasattr(records, "remove_columns"):
         rows = records.remove_columns([name for name in records.column_names if name == "image"]).to_list()
     else:
         rows = [{key: value for key, value in row.items() if key != "image"} for row in records]
-    return [row if "image_id" in row else {**row, "image_id": position} for position, row in enumerate(rows)]
+    return [
+        row if "image_id" in row else {**row, "image_id": row.get("regions", position)} for position, row in enumerate(rows)
+    ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_vlp.data.karpathy import is_karpathy, read_karpathy
+from hf_vlp.data.precomputed import PrecomputedSplit
 from hf_vlp.data.record import RecordError, decode_image
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def read_records(
         source: a file (.parquet, .jsonl, .json, .csv, .tsv, .tar), a list or glob pattern of such files of one kind, a
             folder (pictures with or without a `metadata.jsonl/.csv/.parquet` that has a `file_name` column; or data
             files; or what `Dataset.save_to_disk` wrote), or the id of a data set on the Hub. A .json file with
-            Karpathy's splits of COCO or Flickr30k is read by `read_karpathy`, pictures from `image_root`.
+            Karpathy's splits of COCO or Flickr30k is read by `read_karpathy`, pictures from `image_root`; a folder with the
+            `<split>_caps.txt` and `<split>_ims.npy` of SCAN and VSE-infinity by `PrecomputedSplit`, which gives `regions`, not `image`.
         split: split to read; needed only where the source has several. In a folder, a sub-folder of that name counts.
         columns: what to find where, e.g. `{"captions": ["caption", "alt"], "image": "file", "image_id": "id"}`; a
             caption column holds a text or a list of texts, several are joined. Other keys rename. What is not named is
@@ -62,8 +64,8 @@ def read_records(
         streaming: read rows as they are asked for (`IterableDataset`) instead of indexing the source.
 
     Returns:
-        The records. Without an `image_id` column, two rows are of one image if they give one path, and of two images
-        otherwise: the id is the path, or the row's position where the pictures are stored within.
+        The records. Without an `image_id` column, two rows are of one image if they give one path or one key of `regions`, and
+        of two images otherwise: the id is the path, the key, or the row's position where the pictures are stored within.
 
         A picture folder without metadata gets its captions from the names: the sub-folder's (a class), else the
         file's, with `_` and `-` read as spaces.
@@ -76,7 +78,7 @@ def read_records(
     """
     if isinstance(source, str | os.PathLike) and Path(source).is_file() and is_karpathy(source):
         folder = Path(image_root) if image_root is not None else Path(source).parent
-        dataset = read_karpathy(source, folder, split)
+        dataset = read_karpathy(source, folder, split, pictures="image" in required)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     else:
         dataset, folder = _open(source, split, streaming)
@@ -122,6 +124,9 @@ def _open(source, split: str | None, streaming: bool) -> tuple[Any, Path]:
             return _choose_split(load_from_disk(str(path)), split, path), path
         if any(path.glob("*.parquet")) or any(path.glob("*.jsonl")) or any(path.glob("data/*.parquet")):
             return _choose_split(load_dataset(str(path), split=split, streaming=streaming), split, path), path
+        if any(path.glob("*_caps.txt")):
+            records = _precomputed(path, split)
+            return records.to_iterable_dataset() if streaming else records, path
         return _picture_folder(path, streaming), path
     if glob.has_magic(str(source)):
         files = sorted(map(Path, glob.glob(str(source))))
@@ -131,6 +136,15 @@ def _open(source, split: str | None, streaming: bool) -> tuple[Any, Path]:
     if path.suffix.lower() in BUILDERS or path.is_absolute() or str(source).count("/") > 1 or str(source)[:1] == ".":
         raise FileNotFoundError(f"there is no file or folder {source} (working folder: {Path.cwd()}).")
     return _choose_split(load_dataset(str(source), split=split, streaming=streaming), split, source), Path()
+
+
+def _precomputed(folder: Path, split: str | None) -> "Dataset":
+    there = sorted(file.name.removesuffix("_caps.txt") for file in folder.glob("*_caps.txt"))
+    if split is None and len(there) == 1:
+        split = there[0]
+    if split not in there:
+        raise ValueError(f"{folder} has the splits {', '.join(there)}; split={split!r} is none of them. Choose one.")
+    return PrecomputedSplit(folder, split).records()
 
 
 def _choose_split(dataset, split: str | None, source):
@@ -245,6 +259,10 @@ def arrange(dataset, columns: Mapping[str, str | Sequence[str]], folder: Path, r
     image = found.get("image", [None])[0]
     is_path = image is not None and getattr(features[image], "dtype", "string") in ("string", "large_string")
 
+    regions = found.get("regions", ["regions"])[0]
+    # the column that tells which rows are of one image
+    identity = image if is_path else regions if regions in available and _is_key(features[regions]) else None
+
     def joined(row, position) -> list[str]:
         texts = []
         for name in found["captions"]:
@@ -262,11 +280,11 @@ def arrange(dataset, columns: Mapping[str, str | Sequence[str]], folder: Path, r
     if not isinstance(dataset, Dataset):
 
         def row_of_record(row, position):
-            path = row[image] if is_path else None
+            path, key = row[image] if is_path else None, None if identity is None else row[identity]
             result = {field: row[names[0]] for field, names in found.items() if field != "captions"}
             if "captions" in found:
                 result["captions"] = joined(row, position)
-            result["image_id"] = result.get("image_id", path if path else position)
+            result["image_id"] = result.get("image_id", position if key in (None, "") else key)
             if image is not None:
                 result["image"] = decode_image(rooted(path or "") if is_path else row[image], position)
             return result
@@ -282,7 +300,7 @@ def arrange(dataset, columns: Mapping[str, str | Sequence[str]], folder: Path, r
         dataset = dataset.add_column("captions", texts, feature=List(Value("string")))
         found.pop("captions")
     if "image_id" not in found:
-        ids = list(dataset[image]) if is_path else list(range(len(dataset)))
+        ids = list(range(len(dataset))) if identity is None else list(dataset[identity])
         dataset = dataset.add_column("image_id", ids)
     for field, (name,) in found.items():
         if field != name:
@@ -297,6 +315,12 @@ def arrange(dataset, columns: Mapping[str, str | Sequence[str]], folder: Path, r
 
 def _is_text(feature) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _is_key(feature) -> bool:
+    """Whether a column, or a streamed value of it, is text or whole numbers."""
+    kind = str(getattr(feature, "dtype", type(feature).__name__))
+    return kind.startswith(("str", "large_string", "int", "uint"))
 
 
 def missing_column(name: str, available: Sequence[str], hint: str = "") -> RecordError:

@@ -1,11 +1,11 @@
 """Bring region features into one store, and look at a store.
 
-    python -m hf_vlp.data.regions import SOURCE --output STORE [--kind tsv] [--ids FILE] [--box-units pixels] [--on-bad-record skip]
+    python -m hf_vlp.data.regions import SOURCE ... --output STORE [--kind tsv] [--ids FILE] [--box-units pixels] [--on-bad-record skip]
     python -m hf_vlp.data.regions describe STORE
     python -m hf_vlp.data.regions verify STORE
 
 SOURCE is a detector's TSV, an LMDB of ViLBERT, an .npy or .npz an image (a folder of them), `<split>_ims.npy` of SCAN and
-VSE-infinity, or an HDF5 file; which of them is guessed.
+VSE-infinity, or an HDF5 file; which of them is guessed. Several go into one store.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import pickle
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -116,11 +117,17 @@ def count_of(source: str | os.PathLike, kind: str) -> int | None:
 def import_regions(options: argparse.Namespace) -> int:
     """The command `import`; returns the exit status."""
     begin = time.perf_counter()
-    kind = options.kind or kind_of(options.source)
-    print(f"{options.source}: {KINDS[kind]}")
+    kinds = [options.kind or kind_of(source) for source in options.source]
+    for source, kind in zip(options.source, kinds):
+        print(f"{source}: {KINDS[kind]}")
+    if options.ids is not None and len(kinds) > 1:
+        raise ValueError("--ids is for one source: of several, each has the file of its ids beside it")
     faults: Faults | None = [] if options.on_bad_record == "skip" else None
-    regions = read_regions(options.source, kind, box_units=options.box_units, ids=options.ids, faults=faults)
-    bar = tqdm(regions, "import", count_of(options.source, kind), unit="image", disable=not sys.stderr.isatty())
+    given = {"box_units": options.box_units, "ids": options.ids, "faults": faults}
+    regions = chain.from_iterable(read_regions(source, kind, **given) for source, kind in zip(options.source, kinds))
+    counts = [count_of(source, kind) for source, kind in zip(options.source, kinds)]
+    total = None if None in counts else sum(counts)
+    bar = tqdm(regions, "import", total, unit="image", disable=not sys.stderr.isatty())
     store = write_region_store(options.output, bar, options.overwrite)
     print(store.describe())
     print(f"{'written':<12} {len(store):,} images in {time.perf_counter() - begin:.1f} s")
@@ -151,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     kinds = "; ".join(f"{name}: {what}" for name, what in KINDS.items())
     command = commands.add_parser("import", help="write what a source holds into a store", epilog=kinds)
-    command.add_argument("source", metavar="SOURCE", help="file or folder with region features")
+    command.add_argument("source", metavar="SOURCE", nargs="+", help="file or folder with region features; several go into one store")
     command.add_argument("--output", required=True, metavar="STORE", help="file to write")
     command.add_argument("--kind", choices=KINDS, help="what the source is (default: guessed)")
     command.add_argument(

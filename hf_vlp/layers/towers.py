@@ -48,6 +48,35 @@ class LoadsOutOfAPair:
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
+GROUP = 16  # texts of a group: smaller matrix products are no longer quick on a CPU
+
+
+def token_states(
+    tower: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, seen: torch.Tensor | None
+) -> torch.Tensor:
+    """`last_hidden_state` [B, L, D] of a text tower, most of the padding left out: texts of similar length run together.
+
+    Exact at real tokens; what stands at padding is not defined. Only on a CPU, where the time goes with the tokens, and outside of
+    traced graphs, whose shapes must not depend on lengths; elsewhere all run at once.
+
+    Args:
+        input_ids: [B, L]. attention_mask: [B, L] or None, 1 at tokens whose states are wanted.
+        seen: [B, L] or None, what the tower attends to.
+    """
+    groups = len(input_ids) // GROUP
+    if attention_mask is None or groups < 2 or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return tower(input_ids=input_ids, attention_mask=seen).last_hidden_state
+    place = torch.arange(1, input_ids.shape[1] + 1)
+    ends, order = (attention_mask.ne(0) * place).amax(dim=1).sort()  # one behind the last token of each text
+    states = []
+    for rows, reach in zip(order.tensor_split(groups), ends.tensor_split(groups)):
+        longest = int(reach[-1])
+        mask = None if seen is None else seen[rows, :longest]
+        short = tower(input_ids=input_ids[rows, :longest], attention_mask=mask).last_hidden_state
+        states.append(torch.nn.functional.pad(short, (0, 0, 0, input_ids.shape[1] - longest)))
+    return torch.cat(states)[order.argsort()]
+
+
 def require_pairs(**sides: torch.Tensor | None) -> None:
     """Raise a ValueError unless all that is given has the same number of rows."""
     rows = {name: len(tensor) for name, tensor in sides.items() if tensor is not None}
@@ -69,7 +98,13 @@ def fill_tower(model: PreTrainedModel, name: str, tower: str | PreTrainedModel) 
         towers = [key for key, child in model.named_children() if isinstance(child, PreTrainedModel)]
         raise ValueError(f"{type(model).__name__} has no tower {name!r}; it has {', '.join(towers) or 'none'}")
     source = AutoModel.from_pretrained(tower, dtype=torch.float32) if isinstance(tower, str) else tower
-    missing, unexpected = part.load_state_dict(source.state_dict(), strict=False)
+    try:
+        missing, unexpected = part.load_state_dict(source.state_dict(), strict=False)
+    except RuntimeError as error:  # other sizes; torch lists them
+        raise ValueError(
+            f"the {type(source).__name__} given as {name} has other sizes than this model's: "
+            f"{' '.join(str(error).split())}"
+        ) from error
     unexpected = [key for key in unexpected if not key.startswith("pooler.")]
     if missing or unexpected:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The configuration and the model that a recipe asks for."""
+"""The configuration, the precision and the model that a recipe asks for."""
 
 import difflib
 from dataclasses import fields
@@ -70,6 +70,15 @@ def unknown_field(config: PreTrainedConfig, name: str, where: str) -> RecipeErro
     shown = sorted(known for known in settable(config) if not known.startswith("_"))
     nearest = difflib.get_close_matches(name, shown, n=1, cutoff=0)[0]
     return RecipeError(f"{where}.{name}: {type(config).__name__} has no such field; the nearest is {nearest!r}")
+
+
+def chosen_precision(name: str, device: torch.device) -> str:
+    """`training.mixed_precision` with "auto" decided: "bf16" where the device has fast instructions for it, else "no"."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "no" if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2") else "bf16"
 
 
 def build_model(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> PreTrainedModel:

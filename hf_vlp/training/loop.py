@@ -54,7 +54,7 @@ def train(
     """
     inner, progress = accelerator.unwrap_model(model), stream.progress
     after_step = getattr(inner, "after_step", lambda: None)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     meter = Meter(accelerator, inner, getattr(stream.sampler, "batch_size", None))
     metrics = None
 

@@ -61,7 +61,8 @@ class Meter:
         return lines
 
     def _watch(self, line: dict[str, float], plateau: float | None) -> None:
-        stays = plateau is not None and abs(line["loss"] - plateau) <= 0.01 * plateau
+        # without a margin the loss of a collapsed model is that of a perfect one
+        stays = bool(plateau) and abs(line["loss"] - plateau) <= 0.01 * plateau
         self.at_plateau = self.at_plateau + 1 if stays else 0
         if self.at_plateau == self.patience and self.accelerator.is_main_process:
             warnings.warn(

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_vlp.training.optim import training_mode
 from hf_vlp.training.recipe import RampRecipe, RecipeError
 from hf_vlp.training.steps import Batch, Step
 from hf_vlp.training.stream import BatchStream
@@ -51,6 +52,8 @@ def ramped(step: Step, ramps: dict[str, RampRecipe], model: nn.Module, stream: B
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise RecipeError(f"ramps.{name}: {type(model).__name__} has {', '.join(known)}; the nearest is {nearest!r}")
 
+    frozen: dict[str, float] = {}
+
     def run(accelerator: Accelerator, prepared: nn.Module, batches: list[Batch]) -> dict[str, torch.Tensor]:
         progress = stream.progress
         # the batches of this step have been handed out already
@@ -59,6 +62,9 @@ def ramped(step: Step, ramps: dict[str, RampRecipe], model: nn.Module, stream: B
         for name, value in values.items():
             if name in setters:
                 setters[name](value)
+        if values.get(FROZEN_STAGES) != frozen.get(FROZEN_STAGES):
+            frozen[FROZEN_STAGES] = values[FROZEN_STAGES]
+            training_mode(model)
         losses = step(accelerator, prepared, batches)
         if values.get(LOSS_FACTOR, 1.0) != 1.0:
             gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

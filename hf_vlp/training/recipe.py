@@ -215,6 +215,7 @@ class TrainingRecipe:
     processes does not change the run; a step takes `accumulation` such batches.
 
     `threads`: of the arithmetic on a CPU, a process; null = the cores shared evenly (`accelerate launch` alone would give one).
+    `mixed_precision`: "auto" is bf16 where the device is quick in it, else no; a CPU without AVX-512 is ten times slower in it.
     `cached_chunk_size`: pairs (a process) per forward of the cached contrastive step; null = the plain step.
     `evaluate_every`, `save_every`: steps; null = only at the start and the end, and only at the end. `best_metric`: the
     validation metric (higher is better) that marks the best checkpoint; `final`: which one becomes the saved model.
@@ -225,7 +226,7 @@ class TrainingRecipe:
     batch_size: int = 128
     accumulation: int = 1
     cached_chunk_size: int | None = None
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
     clip_norm: float | None = None
     seed: int = 0
     channels_last: bool = False
@@ -271,6 +272,8 @@ class Recipe:
             raise RecipeError(
                 "training.final = best needs data.validation to choose by; the test split must not choose"
             )
+        if self.processor.image_processor and self.data.regions is not None:
+            raise RecipeError("processor.image_processor is for pictures, and data.regions takes their place: leave one of the two out")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

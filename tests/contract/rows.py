@@ -294,7 +294,7 @@ ROWS = [
         lora=("embeddings",),
         checkpoints=(),
     ),
-    Row(VSE, "region-bert", vse_config(), REGIONS, **BERT),
+    Row(VSE, "region-bert", vse_config(), REGIONS, recorded={TEXT: (3, 2)}, **BERT),
     Row(VSE, "grid-gru", vse_config(gru_config, grid_config), (*PAIR, "grid_mask"), **GRID, **GRU),
     Row(VSE, "nonorm", vse_config(gru_config, **NONORM), REGIONS, unit=False, checkpoints=(), **GRU),
     Row(VSE, "bert-timm", vse_config(bert_config, TIMM), PAIR, **SMALL, **BERT),

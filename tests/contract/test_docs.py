@@ -1,19 +1,31 @@
 """Every block of code in the documents: Python is run, shell commands are run or parsed by the programs they name."""
 
+import base64
 import json
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
-from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessor,
+)
 
 from hf_vlp.training.recipe import RecipeError, load_recipe
 from tests.contract.documents import ROOT, Program, blocks, commands, header_commands, programs
 from tests.contract.loopback_hub import Hub, environment
-from tests.contract.tiny import save_tiny_clip
+from tests.contract.tiny import save_tiny_clip, save_tiny_vse
 
 README, CARDS = ROOT / "README.md", ROOT / "MODEL_CARDS.md"
 DOCUMENTS = (README, CARDS, ROOT / "examples" / "data" / "emoji" / "README.md")
@@ -26,29 +38,43 @@ NUMBERS = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory) -> Path:
-    """A reader's working folder: the project's files, a trained and a converted model, own pictures and pairs."""
+    """A reader's working folder: the project's files, trained and converted models, own pictures, pairs and region features."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "examples").symlink_to(ROOT / "examples", target_is_directory=True)
     save_tiny_clip(folder / "runs" / "clip_emoji", "resnet")
     save_tiny_clip(folder / "clip-vit-b-32")
+    save_tiny_vse(folder / "runs" / "vse_emoji_grid")
+    save_tiny_vse(folder / "runs" / "vse_emoji_region", region_size=32)
     (lines,) = blocks(README, "json")
     (folder / "pairs.jsonl").write_text(lines.text)
     for record in map(json.loads, lines.text.splitlines()):
         picture = folder / record["image"]
         picture.parent.mkdir(exist_ok=True)
         Image.effect_noise((60, 50), 80).convert("RGB").save(picture)
+    boxes, features = np.array([[0, 0, 30, 20], [5, 8, 60, 50]], np.float32), np.ones((2, 12), np.float32)
+    encoded = [base64.b64encode(array.tobytes()).decode() for array in (boxes, features)]
+    (folder / "features.tsv").write_text("\t".join(["0001", "60", "50", "2", *encoded]) + "\n")
     return folder
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Hub:
-    """The published towers that the documents name, in small."""
+    """The published towers and the detector that the documents name, in small."""
     folder, hub = tmp_path_factory.mktemp("towers"), Hub()
     ViTModel(ViTConfig(image_size=32, patch_size=8, **NUMBERS)).save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
+    yolos = YolosConfig(image_size=[32, 32], patch_size=8, num_detection_tokens=40, num_labels=3, **NUMBERS)
+    YolosForObjectDetection(yolos).save_pretrained(folder / "yolos")
+    YolosImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(folder / "yolos")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"一只红色的船"]
     BertModel(BertConfig(vocab_size=len(words), **NUMBERS)).save_pretrained(folder / "bert")
     BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(folder / "bert")
-    for name, source in (("google/vit-base-patch16-224", "vit"), ("google-bert/bert-base-chinese", "bert")):
+    published = {
+        "google/vit-base-patch16-224": "vit",
+        "google-bert/bert-base-chinese": "bert",
+        "hustvl/yolos-tiny": "yolos",
+    }
+    for name, source in published.items():
         hub.files[name] = {file.name: file.read_bytes() for file in (folder / source).iterdir()}
         hub.commits[name] = 1
     return hub

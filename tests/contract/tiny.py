@@ -1,8 +1,9 @@
-"""A saved CLIP of a few thousand weights with its processor, as a user's folder."""
+"""Saved models of a few thousand weights with their processors, as a user's folders."""
 
 from pathlib import Path
 
 import torch
+from transformers import BertConfig
 
 from hf_vlp import (
     VlpClipConfig,
@@ -12,8 +13,14 @@ from hf_vlp import (
     VlpClipResNetConfig,
     VlpClipTextConfig,
     VlpClipVisionConfig,
+    VlpRegionFeatureExtractor,
+    VlpVseConfig,
+    VlpVseForPreTraining,
+    VlpVseGridConfig,
+    VlpVseImageProcessor,
+    VlpVseProcessor,
 )
-from hf_vlp.inputs.vocabulary import train_clip_tokenizer
+from hf_vlp.inputs.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer
 
 SIZE = 32
 WORDS = "a red apple, a sleeping face, a ship, a picture of a boat: two dogs in the snow".split()
@@ -58,4 +65,22 @@ def save_tiny_clip(folder: Path, tower: str = "vit", model_class: type = VlpClip
     torch.manual_seed(0)
     model_class(clip_config(processor.tokenizer, tower)).save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_vse(folder: Path, region_size: int | None = None) -> Path:
+    """VSE-infinity that sees regions of this width; without one pixels, by a grid of 32 channels."""
+    tokenizer = train_wordpiece_tokenizer(WORDS, 200, 32)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes)
+    stages = {"depths": [1, 1], "hidden_sizes": [16, 32], "bottleneck_sizes": [8, 8]}
+    grid = None if region_size else VlpVseGridConfig(embedding_size=8, image_size=SIZE, **stages)
+    config = VlpVseConfig(text_config=text, vision_config=grid, region_size=region_size or 1, projection_dim=24)
+    torch.manual_seed(0)
+    VlpVseForPreTraining(config).save_pretrained(folder)
+    if region_size:
+        image_side = {"feature_extractor": VlpRegionFeatureExtractor(region_size)}
+    else:
+        image_side = {"image_processor": VlpVseImageProcessor(size={"height": SIZE, "width": SIZE})}
+    VlpVseProcessor(tokenizer=tokenizer, **image_side).save_pretrained(folder)
     return folder

@@ -71,7 +71,7 @@ def test_an_unknown_word_on_the_command_line(recipe_file):
         ("training", {"batch_size": "many"}, "training.batch_size = 'many': expected int, got str"),
         ("training", {"batch_size": 2.5}, "training.batch_size = 2.5: expected int, got float"),
         ("training", {"channels_last": 1}, "training.channels_last = 1: expected bool, got int"),
-        ("training", {"mixed_precision": "fp8"}, "training.mixed_precision = 'fp8': expected one of no, bf16, fp16"),
+        ("training", {"mixed_precision": "fp8"}, "training.mixed_precision = 'fp8': expected one of no, bf16, fp16, auto"),
         ("training", {"batch_size": 0}, "training.batch_size = 0: expected at least 2"),
         ("training", {"clip_norm": 0}, "training.clip_norm = 0.0: expected more than 0"),
         ("training", {"clip_norm": -1}, "training.clip_norm = -1.0: expected more than 0"),

@@ -7,7 +7,7 @@ from torchvision.models.resnet import Bottleneck, ResNet, resnet50
 
 from hf_vlp.layers.bottleneck_resnet import SMALLEST, BottleneckResNet
 from hf_vlp.models.vse.configuration_vse import VlpVseConfig, VlpVseGridConfig
-from hf_vlp.models.vse.modeling_vse import VlpVseForPreTraining, VlpVseGridModel, VlpVseModel
+from hf_vlp.models.vse.modeling_vse import VlpVseForPreTraining, VlpVseGridModel, VlpVseModel, as_cells
 from tests.contract.rows import bert_config
 
 functional = nn.functional
@@ -245,7 +245,7 @@ def test_counting_cells_leaves_the_model_as_it_was(vision):
     assert [model.count_cells(height, 64) for height in (64, 96, 70)] == [4, 6, 6]
     assert modes == [part.training for part in model.modules()]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    cells = model.eval().cells(torch.randn(2, 3, 64, 64))
+    cells = as_cells(model.eval().vision_model(torch.randn(2, 3, 64, 64)).last_hidden_state)
     maps = model.vision_model(torch.zeros(2, 3, 64, 64)).last_hidden_state
     assert cells.shape == (2, 4, maps.shape[1])
 
@@ -254,5 +254,5 @@ def test_cells_are_in_raster_order():
     model = grid_model().eval()
     images = torch.randn(1, 3, 64, 96)
     maps = model.vision_model(images).last_hidden_state  # [1, D, 2, 3]
-    cells = model.cells(images)
+    cells = as_cells(model.vision_model(images).last_hidden_state)
     assert all(torch.equal(cells[0, 3 * y + x], maps[0, :, y, x]) for y in range(2) for x in range(3))

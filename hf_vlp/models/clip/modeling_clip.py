@@ -591,7 +591,6 @@ class VlpClipForPreTraining(VlpClipPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_ids: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
     ) -> PreTrainingOutput:
         """`input_ids`, `attention_mask` [B, L], `pixel_values` [B, 3, H, W], `image_ids` [B] -> loss, losses["itc"] and embeddings [B, E].
 

@@ -34,7 +34,7 @@ from hf_vlp.layers.initialization import InitializesEveryModule, torch_default_
 from hf_vlp.layers.normalization import MaskedBatchNorm, keep_statistics
 from hf_vlp.layers.pooling import GeneralizedPooling, refuse_empty, refuse_padding_before, unit_rows
 from hf_vlp.layers.recurrent import BidirectionalGRU
-from hf_vlp.layers.towers import LoadsOutOfAPair, build_tower, fill_tower, require_pairs, tower_width
+from hf_vlp.layers.towers import LoadsOutOfAPair, build_tower, fill_tower, require_pairs, token_states, tower_width
 from hf_vlp.models.vse.configuration_vse import VlpVseConfig, VlpVseGridConfig, VlpVseGruConfig
 from hf_vlp.objectives.triplet import collapsed_loss, triplet_loss
 from hf_vlp.outputs import DualEncoderOutput, PreTrainingOutput
@@ -191,6 +191,11 @@ class VlpVseRegionMlp(nn.Module):
         return self.fc2(nn.functional.relu(hidden))
 
 
+def as_cells(states: torch.Tensor) -> torch.Tensor:
+    """Maps [B, D, h, w] -> [B, h * w, D] in raster order; tokens of a transformer [B, P, D] as they are."""
+    return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+
+
 class VlpVseModel(VlpVsePreTrainedModel):
     """Both sides, their projections and their pooling."""
 
@@ -271,15 +276,10 @@ class VlpVseModel(VlpVsePreTrainedModel):
         modes = [(module, module.training) for module in self.vision_model.modules()]
         self.vision_model.eval()  # norms that train would take this picture into their statistics
         with torch.no_grad():
-            cells = self.cells(pixels).shape[1]
+            cells = as_cells(self.vision_model(pixels).last_hidden_state).shape[1]
         for module, training in modes:
             module.training = training
         return cells
-
-    def cells(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`pixel_values` [B, 3, H, W] -> grid features [B, P, D] in raster order (tokens of a transformer as they come)."""
-        states = self.vision_model(pixel_values).last_hidden_state
-        return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
 
     def encode_image(
         self,
@@ -303,7 +303,11 @@ class VlpVseModel(VlpVsePreTrainedModel):
             return self.encode_regions(region_features, region_mask)
         if pixel_values is None:
             raise ValueError("this model sees pixels: give pixel_values (regions need a model whose vision_config is None)")
-        return self.visual_pooling(self.visual_projection(self.cells(pixel_values)), grid_mask)[0]
+        return self.pool_cells(self.vision_model(pixel_values), grid_mask)
+
+    def pool_cells(self, outputs: BaseModelOutput, grid_mask: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings [B, E] of an image tower's outputs, not normalised."""
+        return self.visual_pooling(self.visual_projection(as_cells(outputs.last_hidden_state)), grid_mask)[0]
 
     def encode_regions(self, region_features: torch.Tensor | None, region_mask: torch.Tensor | None) -> torch.Tensor:
         """See `encode_image`."""
@@ -326,12 +330,24 @@ class VlpVseModel(VlpVsePreTrainedModel):
         Raises:
             ValueError: on the CPU, a text without any token.
         """
-        seen = attention_mask
-        if self.config.text_config.model_type == "bert":
-            # a word that caption augmentation replaced by padding is pooled but not attended to, as in the original
-            kept = (input_ids != self.config.text_config.pad_token_id).to(input_ids.dtype)
-            seen = kept if attention_mask is None else attention_mask * kept
-        states = self.text_model(input_ids=input_ids, attention_mask=seen).last_hidden_state
+        if isinstance(self.text_model, VlpVseGruModel):  # computes no padding by itself
+            states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        else:
+            seen = self.attended(input_ids, attention_mask)
+            states = token_states(self.text_model, input_ids, attention_mask, seen)
+        return self.pool_words(states, attention_mask)
+
+    def attended(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Mask [B, L] of what the text tower attends to."""
+        padding = self.config.text_config.pad_token_id
+        if self.config.text_config.model_type != "bert" or padding is None:
+            return attention_mask
+        # a word that caption augmentation replaced by padding is pooled but not attended to, as in the original
+        kept = (input_ids != padding).to(input_ids.dtype)
+        return kept if attention_mask is None else attention_mask * kept
+
+    def pool_words(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings [B, E] of the text tower's token states [B, L, D], not normalised."""
         return self.text_pooling(self.text_projection(states), attention_mask)[0]
 
     def get_image_features(
@@ -342,12 +358,18 @@ class VlpVseModel(VlpVsePreTrainedModel):
         grid_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings [B, E], of unit length unless `normalize_image` is off; arguments and errors of `encode_image`."""
-        embeds = self.encode_image(pixel_values, region_features, region_mask, grid_mask)
-        return unit_rows(embeds, NORM_EPS) if self.config.normalize_image else embeds
+        return self.finished_image(self.encode_image(pixel_values, region_features, region_mask, grid_mask))
 
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`input_ids`, `attention_mask` [B, L] -> embeddings [B, E], of unit length unless `normalize_text` is off."""
-        embeds = self.encode_text(input_ids, attention_mask)
+        return self.finished_text(self.encode_text(input_ids, attention_mask))
+
+    def finished_image(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Raw embeddings of images [B, E], normalised where the configuration says so."""
+        return unit_rows(embeds, NORM_EPS) if self.config.normalize_image else embeds
+
+    def finished_text(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Raw embeddings of texts [B, E], normalised where the configuration says so."""
         return unit_rows(embeds, NORM_EPS) if self.config.normalize_text else embeds
 
     def score_pairs(
@@ -374,8 +396,8 @@ class VlpVseModel(VlpVsePreTrainedModel):
     ) -> DualEncoderOutput:
         """Every caption against every image.
 
-        `input_ids`, `attention_mask` [C, L]; images as in `encode_image`. Returns scores, the inner products, [B, C] and [C, B], and
-        the embeddings.
+        `input_ids`, `attention_mask` [C, L]; images as in `encode_image`. Returns scores, the inner products, [B, C] and [C, B], the
+        embeddings and the towers' outputs.
 
         Raises:
             ValueError: if one side is missing; the one-sided verbs are `get_image_features` and `get_text_features`.
@@ -385,10 +407,17 @@ class VlpVseModel(VlpVsePreTrainedModel):
                 "VSE-infinity's forward needs input_ids and pixel_values or region_features; for one side call get_text_features "
                 "or get_image_features"
             )
-        image_embeds = self.get_image_features(pixel_values, region_features, region_mask, grid_mask)
-        text_embeds = self.get_text_features(input_ids, attention_mask)
+        if self.vision_model is None or pixel_values is None:
+            vision, image_embeds = None, self.encode_image(pixel_values, region_features, region_mask, grid_mask)
+        else:
+            vision = self.vision_model(pixel_values, return_dict=True, **kwargs)
+            image_embeds = self.pool_cells(vision, grid_mask)
+        seen = self.attended(input_ids, attention_mask)
+        text = self.text_model(input_ids=input_ids, attention_mask=seen, return_dict=True, **kwargs)
+        image_embeds = self.finished_image(image_embeds)
+        text_embeds = self.finished_text(self.pool_words(text.last_hidden_state, attention_mask))
         per_image = image_embeds @ text_embeds.T
-        return DualEncoderOutput(per_image, per_image.T, text_embeds, image_embeds)
+        return DualEncoderOutput(per_image, per_image.T, text_embeds, image_embeds, text, vision)
 
 
 class VlpVseForPreTraining(VlpVsePreTrainedModel):
@@ -432,7 +461,9 @@ class VlpVseForPreTraining(VlpVsePreTrainedModel):
         return {"hardest_negatives": hardest_negatives, **frozen}
 
     def collapsed_loss(self, pairs: int) -> float:
-        """The loss of a batch of `pairs` pairs once all embeddings are the same: a training that stays there has collapsed."""
+        """The loss of a batch of `pairs` pairs over all processes once all embeddings are the same: a training that stays there has
+        collapsed."""
+        pairs = pairs if self.config.negatives == "global" else pairs // world_size()
         return collapsed_loss(pairs, margin=self.config.margin, hardest=self.config.hardest_negatives)
 
     def embed(self, input_ids, attention_mask=None, **image) -> tuple[torch.Tensor, torch.Tensor]:
@@ -466,7 +497,6 @@ class VlpVseForPreTraining(VlpVsePreTrainedModel):
         region_mask: torch.Tensor | None = None,
         grid_mask: torch.Tensor | None = None,
         image_ids: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
     ) -> PreTrainingOutput:
         """`input_ids`, `attention_mask` [B, L], images as in `VlpVseModel.encode_image`, `image_ids` [B] -> loss, losses["triplet"] and
         embeddings [B, E].
