@@ -3,6 +3,7 @@
     python examples/benchmark.py clip                                       every row, float32 and bf16 autocast
     python examples/benchmark.py clip --rows step --dtype bfloat16 --threads 2 --output bench.json
     python examples/benchmark.py clip --device cuda --batch 256
+    python examples/benchmark.py vse --rows gpo,step --dtype float32
     python examples/benchmark.py clip --small                               tiny models: does it run?
 
 Random weights of the published sizes; before anything is timed, everyone's numbers are compared in float32. Per row and contender:
@@ -26,11 +27,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks import clip
+from benchmarks import clip, vse
 from benchmarks.measure import Call, Settings, peak_bytes
 from hf_vlp.files import write_text
 
-ARCHITECTURES = {"clip": clip}  # each a module with ROWS and step_alone
+ARCHITECTURES = {"clip": clip, "vse": vse}  # each a module with ROWS and BATCH; with step_alone where a row needs it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -89,7 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("--rows", default=None, help="names with commas between; all unless given")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--batch", type=int, default=None, help="samples a call, 16 unless given")
+    parser.add_argument("--batch", type=int, default=None, help="samples a call; 16 for clip, 128 for vse unless given")
     parser.add_argument("--repeat", type=int, default=None, help="rounds of every row, 5 unless given")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -115,7 +116,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = Settings(
-        batch=options.batch or (4 if options.small else 16),
+        batch=options.batch or (4 if options.small else architecture.BATCH),
         repeat=options.repeat or (1 if options.small else 5),
         device=options.device,
         dtypes=tuple(DTYPES[name] for name in options.dtype),

@@ -94,17 +94,16 @@ def build_tokenizer(recipe: Recipe, records):
     """Given, or trained on the captions and keywords."""
     chosen = recipe.processor
     kind = chosen.vocabulary or "byte_pairs"
-    length = chosen.max_length or (77 if kind == "byte_pairs" else None)
-    limit = {} if length is None else {"model_max_length": length}
+    limit = {} if chosen.max_length is None else {"model_max_length": chosen.max_length}
     if chosen.tokenizer is None:
         texts, entries = training_texts(recipe, records), chosen.vocabulary_size or 4096
         if kind == "words":
             return train_word_tokenizer(texts, chosen.minimum_count or 4, **limit)
         if kind == "word_pieces":
-            return train_wordpiece_tokenizer(texts, entries, length or 512)
-        return train_clip_tokenizer(texts, entries, length)
+            return train_wordpiece_tokenizer(texts, entries, chosen.max_length or 512)
+        return train_clip_tokenizer(texts, entries, chosen.max_length or 77)
     if chosen.tokenizer.endswith(".gz"):
-        return clip_tokenizer_from_merges(chosen.tokenizer, max_length=length)
+        return clip_tokenizer_from_merges(chosen.tokenizer, max_length=chosen.max_length or 77)
     if chosen.tokenizer.endswith(".json"):
         return VlpWordTokenizer.from_vocabulary_json(chosen.tokenizer, **limit)
     return AutoTokenizer.from_pretrained(chosen.tokenizer, **limit)
@@ -128,6 +127,11 @@ def build_processor(recipe: Recipe, config, records):
         raise RecipeError(
             f"processor.text_cleaning = {chosen.text_cleaning!r}: the processor of {config.model_type} cleans no text; leave it out"
         )
+    if (recipe.data.regions is None) == (config.vision_config is None):
+        raise RecipeError(
+            f"data.regions = {recipe.data.regions!r}: a model with a vision_config sees pixels and takes no regions, one without needs "
+            "the path of a region store"
+        )
     if recipe.data.regions is not None:
         options = {"region_store": located(recipe.data.regions)}
     else:
@@ -149,6 +153,26 @@ def build_processor(recipe: Recipe, config, records):
     options |= {"feature_size": config.region_size} if recipe.data.regions is not None else {}
     parts = {side: resolve(name)(**options), "tokenizer": build_tokenizer(recipe, records)}
     return resolve(row.processor)(**parts, **cleaning)
+
+
+def open_store(recipe: Recipe, config) -> RegionStore | None:
+    """The regions that stand for the pictures, if any.
+
+    Raises:
+        RecipeError: no such store, a damaged one, or regions of another width than the model's.
+    """
+    if recipe.data.regions is None:
+        return None
+    try:
+        store = RegionStore(located(recipe.data.regions))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"data.regions = {recipe.data.regions!r}: {error}") from error
+    width = store.header["feature_size"]
+    if width != config.region_size:
+        raise RecipeError(
+            f"data.regions = {recipe.data.regions!r}: its features are {width} wide, and model.config.region_size is {config.region_size}"
+        )
+    return store
 
 
 def build_collator(recipe: Recipe, processor, model, transform) -> PairCollator:
@@ -201,7 +225,7 @@ def main() -> None:
         records = {split: read_split(recipe.data, split) for split in ("train", "validation", "test")}
     config = build_config(recipe)
     processor = build_processor(recipe, config, records["train"])
-    regions = None if recipe.data.regions is None else RegionStore(located(recipe.data.regions))
+    regions = open_store(recipe, config)
     transform = TrainingTransform(processor.image_processor, **recipe.data.augmentation) if regions is None else None
     caption = first_caption if recipe.data.first_caption else draw_caption
     if recipe.data.extra_text is not None:
@@ -311,6 +335,8 @@ def main() -> None:
 
     # ------------------------------------------------------------------------------------------------ results
     sheet = None
+    if regions is not None:  # as the recipe names it, not where it lies on this machine
+        processor.feature_extractor.region_store = recipe.data.regions
     if accelerator.is_main_process:
         with files_into(folder) as partial:
             accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(partial)

@@ -3,15 +3,11 @@
 Published sizes: ViT-B/32 with its text tower, RN50. Everyone gets the same weights: ours and transformers share one set of parameters,
 the plain formulation and open_clip (if installed) a second one, which is the first in the released layout.
 
-Captions. "77 positions": every caption fills the table. "real lengths": tokens, start and end included, spread like a log-normal with
-median 14 and sigma 0.25 (its quantiles, so B 16 always has mean 14.4 and longest 22), an assumption about one-sentence captions. There the
-original and open_clip compute all 77 positions, as their code demands; ours and transformers get what their processors make, texts
-padded to the longest of the batch.
+Captions. "77 positions": every caption fills the table. "real lengths": see `contenders`. There the original and open_clip compute all
+77 positions, as their code demands; ours and transformers get what their processors make, texts padded to the longest of the batch.
 """
 
 import functools
-import math
-import statistics
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,7 +17,8 @@ from transformers.initialization import no_init_weights
 
 from benchmarks import clip_plain
 from benchmarks.clip_inputs import OPEN_CLIP, tokenizer_rows, transform_rows
-from benchmarks.measure import BASE, Call, Contender, MemoryRow, Settings, TimedRow, count_flops
+from benchmarks.contenders import ATTENTION, forward, lengths_of, parameters_and_buffers, real_lengths, step
+from benchmarks.measure import BASE, Call, MemoryRow, Settings, TimedRow, count_flops
 from conversion.to_original import to_state_dict, to_transformers
 from hf_vlp import (
     VlpClipConfig,
@@ -33,8 +30,7 @@ from hf_vlp import (
 from hf_vlp.training.optim import adamw, parameter_groups
 from hf_vlp.training.steps import cached_contrastive_step
 
-ATTENTION = ("sdpa", "eager")
-MEDIAN, SIGMA = 14.0, 0.25  # of the real captions' lengths in tokens
+BATCH = 16  # unless given
 
 
 def configuration(settings: Settings, tower: str = "vit") -> VlpClipConfig:
@@ -137,9 +133,7 @@ class Everyone:
         longest = config.max_position_embeddings
         lengths = torch.full((count,), longest)
         if real:
-            normal = statistics.NormalDist()
-            quantiles = [math.exp(SIGMA * normal.inv_cdf((row + 0.5) / count)) for row in range(count)]
-            lengths = torch.tensor([min(longest, round(MEDIAN * quantile)) for quantile in quantiles])
+            lengths = real_lengths(count, longest)
         draw = torch.Generator().manual_seed(2)
         ids = torch.randint(0, config.bos_token_id, (count, longest), generator=draw)
         ids[:, 0] = config.bos_token_id
@@ -156,25 +150,10 @@ class Everyone:
         }
 
 
-def parameters_and_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict with the parameters themselves, to be shared with another model."""
-    return model.state_dict(keep_vars=True)
-
-
 def cut(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Texts padded to the longest of the batch only."""
     longest = int(mask.sum(dim=1).max())
     return ids[:, :longest].contiguous(), mask[:, :longest].contiguous()
-
-
-def forward(work: Callable[[], torch.Tensor], flops: float | None = None) -> Contender:
-    """A contender without phases."""
-
-    def run(call: Call) -> torch.Tensor:
-        with call.autocast():
-            return work()
-
-    return Contender(run, flops=flops)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,13 +202,6 @@ def text_rows(settings: Settings) -> Iterator[TimedRow]:
         yield TimedRow(f"text tower, {lengths_of(full[1])}", "captions", settings.batch, contenders)
 
 
-def lengths_of(mask: torch.Tensor) -> str:
-    lengths = mask.sum(dim=1).float()
-    if lengths.min() == mask.shape[1]:
-        return f"{mask.shape[1]} positions"
-    return f"real lengths (mean {lengths.mean():.1f}, longest {int(lengths.max())})"
-
-
 def rn50_rows(settings: Settings) -> Iterator[TimedRow]:
     everyone = Everyone(settings, "resnet")
     everyone.first.eval()
@@ -249,31 +221,6 @@ def rn50_rows(settings: Settings) -> Iterator[TimedRow]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training step
-
-
-def step(loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, flops: float | None = None, after=None):
-    """A contender of three phases. The rate is 0, so everyone always sees the same weights; the work is the same."""
-
-    def run(call: Call) -> None:
-        optimizer.zero_grad()
-        with call.autocast():
-            value = loss()
-        call.lap("forward")
-        value.backward()
-        call.lap("backward")
-        optimizer.step()
-        if after is not None:
-            after()
-        call.lap("AdamW")
-
-    def result() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return torch.stack([value.detach(), torch.nn.utils.get_total_norm(gradients)])
-
-    return Contender(run, result, flops)
 
 
 def optimizer_of(implementation: str, parameters) -> torch.optim.Optimizer:

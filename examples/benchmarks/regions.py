@@ -10,9 +10,8 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import lmdb
 import numpy as np
 import torch
 
@@ -20,6 +19,9 @@ from benchmarks.measure import BASE, Contender, Settings, TimedRow
 from hf_vlp.inputs.region_feature_extractor import VlpRegionFeatureExtractor
 from hf_vlp.inputs.region_store import RegionStore, write_region_store
 from hf_vlp.inputs.regions import RegionFeatures
+
+if TYPE_CHECKING:
+    import lmdb
 
 REGIONS, WIDTH, HEIGHT = 36, 640, 480
 BATCH = 128
@@ -31,6 +33,8 @@ class Files:
     """The same regions of `count` images in every layout, in `folder`."""
 
     def __init__(self, folder: Path, count: int, width: int):
+        import lmdb
+
         self.folder, self.width = folder, width
         self.names = [str(number) for number in range(count)]
         self.order = np.random.default_rng(1).permutation(self.names).tolist()
@@ -43,7 +47,7 @@ class Files:
         self.environment = lmdb.open(path, readonly=True, lock=False, readahead=False)
         self.tsv = open(folder / "tsv", "rb")
 
-    def _write(self, name: str, environment: lmdb.Environment, tsv: BinaryIO) -> RegionFeatures:
+    def _write(self, name: str, environment: "lmdb.Environment", tsv: BinaryIO) -> RegionFeatures:
         """One image to the LMDB, the TSV and its .npy; the regions are for the store."""
         draw = np.random.default_rng(int(name))
         # numbers that half precision holds, so that all readers can be held to the same result

@@ -35,15 +35,16 @@ def positions(longest: int, width: int) -> torch.Tensor:
 
 
 def pool(features: torch.Tensor, lengths: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
-    """Generalised pooling of `features` [B, K, D], the first `lengths` [B] of each -> [B, D]."""
+    """Generalised pooling of `features` [B, K, D], the first `lengths` [B] (on the CPU) of each -> [B, D]."""
     longest, recurrent = int(lengths.max()), [weights[f"{name}.gru.{part}"] for part in GRU]
-    beyond = (torch.arange(longest, device=features.device) >= lengths[:, None]).unsqueeze(-1)  # [B, M, 1]
+    beyond = (torch.arange(longest) >= lengths[:, None]).unsqueeze(-1).to(features.device)  # [B, M, 1]
     code = positions(longest, recurrent[0].shape[1]).to(features.device).repeat(len(features), 1, 1)
-    packed = pack_padded_sequence(code.masked_fill(beyond, 0), lengths.cpu(), batch_first=True, enforce_sorted=False)
+    order = lengths.argsort(descending=True)  # what is packed begins with the longest
+    packed = pack_padded_sequence(code.masked_fill(beyond, 0)[order], lengths[order], batch_first=True)
     start = code.new_zeros(2, len(features), recurrent[1].shape[1])
     states, _ = torch.gru(packed.data, packed.batch_sizes, start, recurrent, True, 1, 0.0, True, True)
-    packed = PackedSequence(states, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-    ahead, back = pad_packed_sequence(packed, batch_first=True)[0].chunk(2, dim=-1)  # [B, M, hidden] each
+    states = pad_packed_sequence(PackedSequence(states, packed.batch_sizes), batch_first=True)[0]
+    ahead, back = states[order.argsort()].chunk(2, dim=-1)  # [B, M, hidden] each
     scores = functional.linear((ahead + back) / 2, weights[f"{name}.linear.weight"]).masked_fill(beyond, HIDDEN)
     shares = (scores.float() / 0.1).softmax(dim=1)  # [B, M, 1]
     values = features[:, :longest].masked_fill(beyond, HIDDEN).sort(dim=1, descending=True).values

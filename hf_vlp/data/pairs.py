@@ -224,7 +224,7 @@ class ImageTextPairs(torch.utils.data.Dataset):
         try:
             return self.regions.read(key)
         except (KeyError, TypeError, ValueError, OSError) as error:
-            reason = str(error.args[0] if error.args else error)
+            reason = str(error.args[0] if error.args else error).rstrip(".")
             return RecordError(
                 row, "regions", reason, "Repair or remove the row, or skip such rows with on_bad_record='skip'."
             )

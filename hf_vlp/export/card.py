@@ -18,6 +18,7 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 HUB_TASKS = {
     "retrieval": "zero-shot-retrieval",
+    "cxc": "zero-shot-retrieval",
     "zero-shot": "zero-shot-image-classification",
     "linear-probe": "image-classification",
 }
@@ -29,13 +30,20 @@ REPAIR = "measure again with examples/evaluate.py, or delete the file"
 FACTS = {
     "hidden_size": "width",
     "width": "stem width",
+    "embedding_size": "embedding width",
     "num_hidden_layers": "blocks",
     "layers": "blocks a stage",
+    "depths": "blocks a stage",
+    "hidden_sizes": "widths of the stages",
+    "graph": "graph",
+    "groups": "groups",
     "num_attention_heads": "heads",
     "image_size": "image size",
     "patch_size": "patch",
     "max_position_embeddings": "longest text",
     "vocab_size": "vocabulary",
+    "region_size": "numbers of a region",
+    "margin": "margin of the loss",
 }
 
 
@@ -66,9 +74,9 @@ def card_text(folder: str | Path, repo_id: str | None = None, **metadata: Any) -
         "## Architecture",
         _architecture_section(folder, config, model_class),
         "## Loading",
-        _loading(name, auto_class, any((folder / file).exists() for file in PROCESSOR_FILES)),
+        _loading(folder, name, auto_class),
         "## Reading the scores",
-        _reading_the_scores(folder, model_class),
+        _reading_the_scores(folder, config, model_class),
         "## Training",
         _training_section(recipe),
         "## Measured results",
@@ -209,7 +217,8 @@ def _architecture_section(folder: Path, config: Any, model_class: type) -> str:
     lines += [f"| all, stored as {', '.join(types)} | {sum(parts.values()):,} |", ""]
     for name in ("", *sorted(config.sub_configs_defaults or ())):
         part = getattr(config, name) if name else config
-        facts = [f"{word} {getattr(part, key)}" for key, word in FACTS.items() if hasattr(part, key)]
+        unused = "region_size" if getattr(part, "vision_config", None) is not None else None  # it sees pixels
+        facts = [f"{word} {getattr(part, key)}" for key, word in FACTS.items() if hasattr(part, key) and key != unused]
         if facts:
             lines.append(f"- {name.removesuffix('_config') or 'model'} (`{part.model_type}`): {', '.join(facts)}")
     if hasattr(config, "projection_dim"):
@@ -217,32 +226,54 @@ def _architecture_section(folder: Path, config: Any, model_class: type) -> str:
     return "\n".join(lines)
 
 
-def _loading(name: str, auto_class: str, has_processor: bool) -> str:
-    autos = f"{auto_class}, AutoProcessor" if has_processor else auto_class
-    lines = [
-        "import hf_vlp",
-        f"from transformers import {autos}",
-        "",
-        f'model = {auto_class}.from_pretrained("{name}")',
-    ]
-    lines += [f'processor = AutoProcessor.from_pretrained("{name}")'] if has_processor else []
-    return "```python\n" + "\n".join(lines) + "\n```\n\n`import hf_vlp` makes the architecture known to transformers."
+def _loading(folder: Path, name: str, auto_class: str) -> str:
+    files = [folder / file for file in PROCESSOR_FILES if (folder / file).exists()]
+    extractor = next((found for file in files if (found := _read_json(file).get("feature_extractor"))), None)
+    lines = ["import hf_vlp", f"from transformers import {auto_class}{', AutoProcessor' if files else ''}", ""]
+    lines += [f'model = {auto_class}.from_pretrained("{name}")']
+    if files:
+        store = ', region_store="my.regions"' if extractor else ""
+        lines += [f'processor = AutoProcessor.from_pretrained("{name}"{store})']
+    text = "```python\n" + "\n".join(lines) + "\n```\n\n`import hf_vlp` makes the architecture known to transformers."
+    if extractor:
+        width = extractor.get("feature_size") or "F"
+        text += (
+            f" The model sees no pixels but regions, rows of {width} numbers from the detector that it was trained with. "
+            "`my.regions` is a region store of yours, as `python -m hf_vlp.data.regions import` makes it of a detector's "
+            "files: `processor(regions=..., text=...)` takes its keys. Without a store it takes arrays "
+            f"[R, {width}], R regions of an image."
+        )
+    return text
 
 
-def _reading_the_scores(folder: Path, model_class: type) -> str:
+def _reading_the_scores(folder: Path, config: Any, model_class: type) -> str:
     if not hasattr(model_class, "get_image_features"):
         if model_class.__name__.endswith("ForImageClassification"):
             return "The logits are of the classes in `model.config.id2label`; their softmax gives probabilities among these."
         return "This part gives states and embeddings, no scores."
+    unit = all(getattr(config, name, True) for name in ("normalize_image", "normalize_text"))
     scale = _logit_scale(_weights(folder))
-    factor = f" (here {scale:.2f})" if scale is not None else ""
-    return (
-        "`score_pairs` and the products of `get_image_features` and `get_text_features` are cosines. They are no "
-        "probabilities: a true pair often has no more than 0.2 to 0.4, and where the line lies differs from model to model. "
-        "Compare scores of several texts for one picture, or of several pictures for one text. `logits_per_image` are "
-        f"cosines times the learned scale{factor}; their softmax over the candidates is a probability among these "
-        "candidates only."
-    )
+    kind = "cosines" if unit else "inner products"
+    usual = ": a true pair often has no more than 0.2 to 0.4" if unit and scale is not None else ""
+    sentences = [
+        f"`score_pairs` and the products of `get_image_features` and `get_text_features` are {kind}.",
+        "" if unit else "Not all embeddings are of unit length, so that scores have no bounds and are no cosines.",
+        f"They are no probabilities{usual}, and where the line lies between true pairs and others differs from model to model.",
+        "Compare scores of several texts for one picture, or of several pictures for one text.",
+    ]
+    if scale is None:
+        margin = getattr(config, "margin", None)
+        asked = "" if margin is None else f" Training asks that true pairs stand {margin} above others."
+        sentences.append(
+            f"`logits_per_image` are the same {kind}, no scale is learned.{asked} Sort by them; their softmax is no "
+            "probability."
+        )
+    else:
+        sentences.append(
+            f"`logits_per_image` are {kind} times the learned scale (here {scale:.2f}); their softmax over the "
+            "candidates is a probability among these candidates only."
+        )
+    return " ".join(filter(None, sentences))
 
 
 def _logit_scale(weights: dict[str, tuple[Path, list[int], str]]) -> float | None:

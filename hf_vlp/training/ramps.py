@@ -41,7 +41,7 @@ def ramped(step: Step, ramps: dict[str, RampRecipe], model: nn.Module, stream: B
         model: unwrapped. stream: tells the place in the run and the batches of an epoch.
 
     Raises:
-        RecipeError: a ramp that the model does not have.
+        RecipeError: a ramp that the model does not have, or a value that it does not take.
     """
     if not ramps:
         return step
@@ -51,6 +51,11 @@ def ramped(step: Step, ramps: dict[str, RampRecipe], model: nn.Module, stream: B
             known = [LOSS_FACTOR, *setters]
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise RecipeError(f"ramps.{name}: {type(model).__name__} has {', '.join(known)}; the nearest is {nearest!r}")
+        for value in reversed(ramps[name].values):  # the first is left set
+            try:
+                setters.get(name, _refuse_negative)(value)
+            except ValueError as error:
+                raise RecipeError(f"ramps.{name}: {error}") from error
 
     frozen: dict[str, float] = {}
 
@@ -72,3 +77,8 @@ def ramped(step: Step, ramps: dict[str, RampRecipe], model: nn.Module, stream: B
         return losses | {f"ramp/{name}": losses["loss"].new_tensor(value) for name, value in values.items()}
 
     return run
+
+
+def _refuse_negative(factor: float) -> None:
+    if not factor >= 0:
+        raise ValueError(f"{factor} turns the training round: give 0 or more")

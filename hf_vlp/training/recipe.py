@@ -203,7 +203,8 @@ class RampRecipe:
     shape: Literal["step", "linear"] = "step"
 
     def __post_init__(self):
-        if not self.at or len(self.at) != len(self.values) or sorted(self.at) != self.at or self.at[0] < 0:
+        rising = all(place >= before for before, place in zip([0.0, *self.at], self.at))
+        if not self.at or len(self.at) != len(self.values) or not rising:
             raise RecipeError(
                 f"ramps: at = {self.at} and values = {self.values}: expected as many rising places, from 0 on, as values"
             )
@@ -268,6 +269,11 @@ class Recipe:
     trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self):
+        if "frozen_stages" in self.ramps and self.optimizer.freeze:
+            raise RecipeError(
+                f"optimizer.freeze = {self.optimizer.freeze} beside ramps.frozen_stages, which lets what it does not freeze train: "
+                "leave one of the two out"
+            )
         if self.training.final == "best" and self.data.validation is None:
             raise RecipeError(
                 "training.final = best needs data.validation to choose by; the test split must not choose"

@@ -11,16 +11,22 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-BY_DTYPE = ("image", "text", "step", "rn50")
+BY_DTYPE = {"clip": ("image", "text", "step", "rn50"), "vse": ("step",)}
 DTYPES = ("float32", "bfloat16")
+STEPS = {
+    "clip": {"ours sdpa", "ours eager", "transformers sdpa", "transformers eager"},
+    "vse": {"ours sdpa", "ours eager"},
+}
+BATCH = {"clip": (), "vse": ("--batch", "36")}  # so many captions that they are computed in groups of similar length
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> tuple[str, dict]:
-    """What `benchmark.py clip --small` prints, and its JSON."""
+@pytest.fixture(scope="module", params=BY_DTYPE)
+def measured(request, tmp_path_factory) -> tuple[str, dict]:
+    """What `benchmark.py ARCHITECTURE --small` prints, and its JSON."""
     output = tmp_path_factory.mktemp("benchmark") / "bench.json"
-    command = [sys.executable, EXAMPLES / "benchmark.py", "clip", "--small", "--threads", "1", "--output", output]
+    command = [sys.executable, EXAMPLES / "benchmark.py", request.param, "--small", "--threads", "1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command += [*BATCH[request.param], "--output", output]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(output.read_text())
@@ -34,22 +40,23 @@ def benchmarks(monkeypatch):
 
 
 def test_every_row_is_measured(measured, benchmarks):
-    records = measured[1]["rows"]
-    assert {record["name"] for record in records} == set(benchmarks[0].ROWS)
-    for name in BY_DTYPE:
+    architecture, records = measured[1]["architecture"], measured[1]["rows"]
+    rows = importlib.import_module(f"benchmarks.{architecture}").ROWS
+    assert {record["name"] for record in records} == set(rows)
+    for name in BY_DTYPE[architecture]:
         assert {record["dtype"] for record in records if record["name"] == name} == set(DTYPES)
     for row in {record["row"] for record in records}:
         contenders = [record["contender"] for record in records if record["row"] == row]
         assert "plain" in contenders and any(name.startswith("ours") for name in contenders), row
     both = {record["contender"] for record in records if record["name"] == "step"}
-    assert {"ours sdpa", "ours eager", "transformers sdpa", "transformers eager"} <= both
+    assert STEPS[architecture] <= both
 
 
 def test_numbers_are_positive(measured):
     for record in measured[1]["rows"]:
         assert record["value"] > 0 and record["ratio"] > 0, record
         assert record["contender"] != "plain" or record["ratio"] == 1.0
-        if record["name"] in BY_DTYPE:
+        if record["name"] in BY_DTYPE[measured[1]["architecture"]]:
             assert record["ms"] > 0 and record["mfu"] > 0 and record["ceiling_gflops"] > 0, record
 
 
@@ -96,6 +103,30 @@ def test_real_captions_have_the_stated_lengths(benchmarks):
     assert torch.equal(ends, lengths - 1)
     assert clip.cut(ids, mask)[0].shape == (16, 22)
     assert everyone.captions(real=False)[1].min() == 1
+
+
+def test_the_pooling_is_compared_in_value_and_every_gradient(benchmarks, monkeypatch):
+    vse, measure = importlib.import_module("benchmarks.vse"), benchmarks[1]
+    settings = measure.Settings(batch=5, repeat=1, small=True)
+    forward, trained = vse.gpo_rows(settings)
+    numbers = trained.contenders["ours"].run(measure.Call())
+    parameters = sum(parameter.numel() for parameter in vse.GeneralizedPooling().parameters())
+    assert numbers.shape == (5 * 16 + 5 * 9 * 16 + parameters,) and forward.contenders.keys() == {"plain", "ours"}
+    monkeypatch.setattr(vse.GeneralizedPooling, "temperature", 0.11)
+    with pytest.raises(AssertionError, match="differs from the plain formulation"):
+        trained.measure(settings)
+
+
+def test_a_step_is_compared_without_dropout_and_runs_with_it(benchmarks):
+    vse, measure = importlib.import_module("benchmarks.vse"), benchmarks[1]
+    everyone = vse.Everyone(measure.Settings(batch=4, small=True))
+    for loss in (
+        lambda dropout: everyone.loss("eager", dropout),
+        lambda dropout: everyone.plain_loss(everyone.weights, dropout, "cpu"),
+    ):
+        assert torch.equal(loss(False), loss(False)) and not torch.equal(loss(True), loss(True))
+    lengths = everyone.region_lengths
+    assert lengths.min() == 6 and lengths.max() == 9 and not everyone.regions[everyone.region_mask == 0].any()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import ast
 import gzip
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import hf_vlp
 from hf_vlp.auto import TABLE
 from hf_vlp.export.card import CardError
 from hf_vlp.export.hub import push_to_hub, write_card
-from tests.contract.tiny import save_tiny_clip
+from tests.contract.tiny import save_tiny_clip, save_tiny_vse
 
 ROOT = Path(__file__).parents[2]
+MODELING = {"vlp_clip": "clip/modeling_clip.py", "vlp_vse": "vse/modeling_vse.py"}
 RESULT = {
     "task": "retrieval",
     "data": "my_pairs/test.parquet",
@@ -82,7 +84,7 @@ def test_the_card_names_towers_parameters_and_differences(folder, saved):
     assert f"| all, stored as F32 | {total:,} |" in text
     assert f"`{model.config.vision_config.model_type}`" in text and "width 32" in text
     assert ("patch 8" in text) != ("blocks a stage [1, 1, 1, 1]" in text)
-    assert "\n1. " in text and differences() in text
+    assert "\n1. " in text and differences("vlp_clip") in text
     data = ModelCard(text).data
     assert (data.library_name, data.pipeline_tag) == ("transformers", "zero-shot-image-classification")
     assert data.tags == ["hf_vlp", "vlp_clip"]
@@ -108,6 +110,49 @@ def test_other_classes_get_other_cards(tmp_path, saved):
     text = write_card(tmp_path / "classifier").read_text()
     assert "AutoModelForImageClassification.from_pretrained" in text and "id2label" in text
     assert ModelCard(text).data.pipeline_tag == "image-classification"
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """VSE-infinity of regions, of pixels, and one whose captions are not normalised."""
+    folder = tmp_path_factory.mktemp("sets")
+    save_tiny_vse(folder / "regions", region_size=12)
+    save_tiny_vse(folder / "pixels")
+    model = hf_vlp.VlpVseForPreTraining.from_pretrained(folder / "regions")
+    model.config.normalize_text, model.config.margin = False, 0.35
+    model.save_pretrained(folder / "long")
+    return folder
+
+
+def test_a_card_says_what_a_model_sees(sets, monkeypatch):
+    monkeypatch.chdir(sets)
+    regions, pixels = (write_card(name).read_text() for name in ("regions", "pixels"))
+    for text in (regions, pixels):
+        data = ModelCard(text).data
+        assert data.tags == ["hf_vlp", "vlp_vse"] and data.pipeline_tag is None
+        assert differences("vlp_vse") in text and "margin of the loss 0.2" in text
+        found = {}
+        exec(compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], "card", "exec"), found)
+        assert type(found["model"]).__name__ == "VlpVseModel" and type(found["processor"]).__name__ == "VlpVseProcessor"
+        extractor = found["processor"].feature_extractor
+        assert getattr(extractor, "region_store", None) == ("my.regions" if text is regions else None)
+    assert "numbers of a region 12" in regions and "rows of 12 numbers" in regions and "region store" in regions
+    assert "numbers of a region" not in pixels and "region store" not in pixels
+    for fact in ("blocks a stage [1, 1]", "widths of the stages [16, 32]", "graph caffe", "`vlp_vse_grid_model`"):
+        assert fact in pixels and fact not in regions
+
+
+def test_a_card_says_what_scores_are(sets, saved):
+    """Cosines or not, and with a scale or without: what the folder's own model computes."""
+    said = {}
+    for name, folder in (("clip", saved["vit"]), ("regions", sets / "regions"), ("long", sets / "long")):
+        text = write_card(folder).read_text()
+        said[name] = re.search(r"## Reading the scores\n\n(.*?)\n\n## ", text, re.DOTALL)[1]
+    assert "are cosines." in said["clip"] and "times the learned scale (here 14.29)" in said["clip"]
+    assert "are cosines." in said["regions"] and "no scale is learned" in said["regions"]
+    assert "true pairs stand 0.2 above others" in said["regions"] and "softmax is no probability" in said["regions"]
+    assert "are inner products. Not all embeddings are of unit length" in said["long"] and "0.35 above" in said["long"]
+    assert "learned scale" not in said["regions"] + said["long"] and "0.4" not in said["regions"] + said["long"]
 
 
 def test_the_recipe_is_summed_up(folder):
@@ -178,9 +223,9 @@ def test_a_damaged_recipe_or_head_is_named(folder):
 # ---------------------------------------------------------------------------------------------------- MODEL_CARDS.md
 
 
-def differences() -> str:
-    """The numbered list at the head of CLIP's modeling file."""
-    source = (ROOT / "hf_vlp" / "models" / "clip" / "modeling_clip.py").read_text()
+def differences(model_type: str) -> str:
+    """The numbered list at the head of an architecture's modeling file."""
+    source = (ROOT / "hf_vlp" / "models" / MODELING[model_type]).read_text()
     doc = ast.get_docstring(ast.parse(source))
     return re.search(r"Differences from the released code:\n(.*?)(?:\n\n|\Z)", doc, re.DOTALL)[1]
 
@@ -203,5 +248,61 @@ def test_the_published_files_are_those_of_the_manifests():
     assert set(table) == facts and len(table) == 9
 
 
-def test_the_differences_are_those_of_the_modeling_file():
-    assert differences() in sections()["vlp_clip"]
+def test_the_published_sets_are_those_of_the_manifests():
+    """Folder and parameters of each side: of a file's tensors those that are trained, copies counted once."""
+    number = r"([\d,]+(?: \+ 300 V)?)"
+    row = rf"^\| `(\w+)` \| (regions|pixels)\b.* \| (BERT|BiGRU) \| {number} \| {number} \| {number} \|$"
+    table = re.findall(row, sections()["vlp_vse"], re.MULTILINE)
+    expected = []
+    for path in (ROOT / "tests/golden/manifests").glob("vse_*_*_*_*"):
+        manifest = json.loads(gzip.decompress(path.read_bytes()))
+        images, texts = (of_side(manifest, side) for side in range(2))
+        name = path.name.removeprefix("vse_").removesuffix(".json.gz")
+        assert name in manifest["source"] and images == manifest["parameters"]["image_encoder_unique"]
+        words = " + 300 V" if name.endswith("bigru") else ""
+        sizes = (f"{images:,}", f"{texts:,}{words}", f"{images + texts:,}{words}")
+        seen = "regions" if "region" in name else "pixels"
+        expected.append((name, seen, "BiGRU" if words else "BERT", *sizes))
+    assert sorted(table) == sorted(expected) and len(table) == 10
+
+
+def of_side(manifest: dict, side: int) -> int:
+    """Parameters of one encoder; the rows of the BiGRU's word table, which no manifest tells, left out."""
+    not_counted = (".base.", ".top.", "running_", "num_batches_tracked")
+    shapes = [
+        shape
+        for name, (_, shape) in manifest["tensors"].items()
+        if name.startswith(f"model[{side}]/") and not any(part in name for part in not_counted)
+    ]
+    return sum(math.prod(shape) for shape in shapes if -1 not in shape)
+
+
+def test_what_nothing_calls_has_the_stated_size():
+    manifests = {
+        name: json.loads(gzip.decompress((ROOT / f"tests/golden/manifests/vse_coco_{name}.json.gz").read_bytes()))
+        for name in ("butd_region_bert", "wsl_grid_bert")
+    }
+    text = sections()["vlp_vse"]
+    for name, part in (
+        ("butd_region_bert", ".bns.1."),
+        ("wsl_grid_bert", ".resnet.fc."),
+        ("wsl_grid_bert", ".pooler."),
+    ):
+        tensors = {key: value for key, value in manifests[name]["tensors"].items() if part in key}
+        size = sum(of_side({"tensors": tensors}, side) for side in range(2))
+        assert f"{size:,}" in re.search(r"What nothing calls.*?\n\n", text, re.DOTALL)[0]
+
+
+def test_quoted_recalls_add_up():
+    """Each row's sum is that of its six recalls, which a slip of the pen would not survive; they are rounded to a tenth."""
+    cell = r"(\d+\.\d) (\d+\.\d) (\d+\.\d) / (\d+\.\d) (\d+\.\d) (\d+\.\d) / (\d+\.\d)"
+    cells = [[float(number) for number in found] for found in re.findall(cell, sections()["vlp_vse"])]
+    assert len(cells) == 8 * 3
+    assert all(abs(sum(recalls) - total) < 0.35 for *recalls, total in cells)
+
+
+@pytest.mark.parametrize("model_type", MODELING)
+def test_the_differences_are_those_of_the_modeling_file(model_type):
+    assert differences(model_type) in sections()[model_type]
+    others = [text for name, text in sections().items() if name != model_type]
+    assert not any(differences(model_type) in text for text in others)

@@ -45,6 +45,13 @@ def reader(tmp_path_factory) -> Path:
     save_tiny_clip(folder / "clip-vit-b-32")
     save_tiny_vse(folder / "runs" / "vse_emoji_grid")
     save_tiny_vse(folder / "runs" / "vse_emoji_region", region_size=32)
+    save_tiny_vse(folder / "vse-coco-grid")
+    save_tiny_vse(folder / "vse-coco-region", region_size=2048)
+    precomputed = folder / "data" / "coco" / "precomp"
+    precomputed.mkdir(parents=True)
+    np.save(precomputed / "testall_ims.npy", np.random.default_rng(0).random((6, 36, 2048), np.float32))
+    (precomputed / "testall_ids.txt").write_text("".join(f"{39076 + image}\n" for image in range(6)))
+    (precomputed / "testall_caps.txt").write_text("two dogs in the snow\n" * 30)
     (lines,) = blocks(README, "json")
     (folder / "pairs.jsonl").write_text(lines.text)
     for record in map(json.loads, lines.text.splitlines()):
@@ -161,7 +168,7 @@ def test_a_wrong_command_would_be_seen(command, monkeypatch):
 
 def test_the_documents_have_code_and_the_heads_have_commands():
     assert len(blocks(README, "python")) >= 6 and len(blocks(README, "bash")) >= 8
-    assert len(blocks(CARDS, "python")) >= 2
+    assert len(blocks(CARDS, "python")) >= 4
     assert sum(bool(header_commands(file)) for file in SCRIPTS) >= len(list((ROOT / "examples/configs").iterdir()))
     assert {block.language for file in DOCUMENTS for block in blocks(file, *LANGUAGES)} <= {
         "python",

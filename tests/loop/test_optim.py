@@ -49,6 +49,15 @@ def test_norms_biases_and_scales_do_not_decay():
     assert decays(parameter_groups(model, 1e-3, 0.2, no_decay=["projection"]))["visual_projection.weight"] == 0.0
 
 
+def test_everything_decays_where_the_recipe_says_so():
+    model = ToyTwoTower(batch_norm=True)
+    found = decays(parameter_groups(model, 1e-3, 0.2, decay="all"))
+    assert found == {name: 0.2 for name, _ in model.named_parameters()} and "norm.bias" in found
+    spared = decays(parameter_groups(model, 1e-3, 0.2, decay="all", no_decay=["norm", "^logit_scale"]))
+    assert {name for name, value in spared.items() if not value} == {"norm.weight", "norm.bias", "logit_scale"}
+    assert len(parameter_groups(model, 1e-3, 0.2, decay="all")) == 1 < len(parameter_groups(model, 1e-3, 0.2))
+
+
 def test_every_trainable_parameter_is_in_one_group():
     model = ToyTwoTower()
     frozen = freeze(model, ["^vision_model"])
@@ -147,6 +156,33 @@ def test_schedule_ends_and_warm_up():
         schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), name="linear", total_steps=20, warmup_steps=20)
     with pytest.raises(ValueError, match="'cosin': expected cosine"):
         rate_factor(50, name="cosin", **common)
+
+
+@pytest.mark.parametrize(
+    ("milestones", "epochs", "steps_an_epoch", "gamma"),
+    [([15], 25, 4, 0.1), ([15], 25, 7, 0.1), ([3, 5], 8, 3, 0.5), ([1, 2, 3], 7, 5, 0.3), ([75], 125, 226, 0.1)],
+)
+def test_steps_of_the_rate_are_those_of_torch_over_epochs(milestones, epochs, steps_an_epoch, gamma):
+    ours, theirs = ([nn.Parameter(torch.zeros(1))] for _ in range(2))
+    ours, theirs = adamw([{"params": ours, "lr": 0.3}], betas=(0.9, 0.98), eps=1e-6), torch.optim.AdamW(theirs, lr=0.3)
+    parts = [place / epochs for place in milestones]
+    one = schedule(ours, name="step", total_steps=epochs * steps_an_epoch, milestones=parts, gamma=gamma)
+    two = torch.optim.lr_scheduler.MultiStepLR(theirs, milestones, gamma)
+    seen = []
+    for _ in range(epochs):
+        for _ in range(steps_an_epoch):
+            seen.append(one.get_last_lr()[0])
+            assert seen[-1] == pytest.approx(two.get_last_lr()[0], rel=1e-9)
+            ours.step(), one.step()
+        theirs.step(), two.step()
+    assert len({round(rate, 12) for rate in seen}) == len(milestones) + 1
+
+
+def test_steps_of_the_rate_with_a_warm_up():
+    numbers = {"name": "step", "total_steps": 100, "milestones": [0.5, 0.8], "gamma": 0.1}
+    found = [rate_factor(step, warmup_steps=10, **numbers) for step in (0, 5, 10, 49, 50, 79, 80, 100)]
+    assert found == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert rate_factor(0, **numbers) == 1.0
 
 
 def test_rate_scaled_to_the_batch():

@@ -5,10 +5,22 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+from hf_vlp.data.readers import read_records
+from hf_vlp.data.regions import main as import_main
+from hf_vlp.evaluation.retrieval import RetrievalSet, evaluate_retrieval
+from hf_vlp.inputs.region_store import write_region_store
+from hf_vlp.inputs.regions import RegionFeatures
+from hf_vlp.models.vse.configuration_vse import VlpVseGridConfig
+from hf_vlp.models.vse.modeling_vse import VlpVseGridModel
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
 COLOURS = ("red", "green", "blue", "black", "white", "yellow", "orange", "purple", "pink", "brown", "gray", "cyan")
@@ -98,8 +110,6 @@ def test_a_saved_model_is_fine_tuned_with_its_own_processor(pretrain):
     Path("again.yaml").write_text(yaml.safe_dump(finetune))
     shown = pretrain("--config", "again.yaml", "--final", "best")
     assert "the best checkpoint becomes the model" in shown
-    from safetensors.torch import load_file
-
     before, after = (load_file(f"runs/{name}/model.safetensors") for name in ("squares", "again"))
     moved = {name for name in before if not before[name].equal(after[name])}
     assert moved and not [name for name in moved if "vision_model" in name]
@@ -171,3 +181,198 @@ def test_bad_input_is_one_line_and_leaves_nothing(pretrain, words, message):
     with pytest.raises(SystemExit, match=message):
         pretrain(*words)
     assert set(Path().iterdir()) == before
+
+
+# ------------------------------------------------------------------------------------------------ VSE-infinity
+
+BERT = TOWER | {"model_type": "bert", "max_position_embeddings": 24}
+GRU = {"model_type": "vlp_vse_gru_model", "embedding_size": 6, "hidden_size": 8}
+GRID = {
+    "model_type": "vlp_vse_grid_model",
+    "embedding_size": 4,
+    "depths": [1, 1],
+    "hidden_sizes": [8, 12],
+    "bottleneck_sizes": [4, 4],
+    "image_size": 32,
+}
+SQUASHED = {"augmentation": {"name": "random_crop_squash"}, "size_augmentation": {"captions": 0.2, "grid": 0.2}}
+STORED = {"regions": "squares.regions", "size_augmentation": {"captions": 0.2, "regions": 0.2}}
+PIECES, WORDS = {"vocabulary": "word_pieces", "vocabulary_size": 120}, {"vocabulary": "words", "minimum_count": 1}
+KINDS = {
+    "grid-gru": ({"text_config": GRU, "vision_config": GRID}, WORDS, SQUASHED),
+    "grid-bert": ({"text_config": BERT, "vision_config": GRID}, PIECES, SQUASHED),
+    "region-bert": ({"text_config": BERT, "region_size": 5}, PIECES, STORED),
+}
+
+
+@pytest.fixture
+def vse(pretrain):
+    """Writes the recipe of a kind, and the store of the squares; returns the script."""
+    regions = [RegionFeatures(np.full((3 + i % 2, 5), i, np.float32), image_id=name) for i, name in enumerate(COLOURS)]
+    write_region_store("squares.regions", regions)
+
+    def write(kind, **changes):
+        config, processor, data = KINDS[kind]
+        config = {"projection_dim": 8, "contrastive_targets": "plain", **config}
+        ramps = {
+            "hardest_negatives": {"at": [1, 3], "values": [0, 1], "shape": "linear", "unit": "steps"},
+            "loss_factor": {"at": [0, 1, 1, 2], "values": [1, 1, 0, 1], "shape": "linear"},
+        }
+        frozen = {"frozen_stages": {"at": [0, 1], "values": [2, 0]}} if "vision_config" in config else {}
+        recipe = {
+            "model": {"model_type": "vlp_vse", "config": config},
+            "processor": processor,
+            "data": {**dict.fromkeys(("train", "validation", "test"), "squares.jsonl"), **data},
+            "optimizer": {"lr": 0.01, "decay": "all"},
+            "schedule": {"name": "constant"},
+            "ramps": ramps | frozen,
+            "training": {"steps": 6, "batch_size": 6, "evaluate_every": 3, "save_every": 2, "clip_norm": 2.0},
+        }
+        for section, values in changes.items():
+            recipe[section] = recipe[section] | values
+        Path("vse.yaml").write_text(yaml.safe_dump(recipe))
+
+    def run(kind, *words, **changes):
+        write(kind, **changes)
+        return pretrain("--config", "vse.yaml", *words)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vse_from_data_to_a_folder_that_loads_and_evaluates(vse, kind):
+    shown = vse(kind)
+    folder = Path("runs/vse")
+    from transformers import AutoModel, AutoProcessor
+
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    required = ("captions",) if kind == "region-bert" else ("image", "captions")
+    records = read_records("squares.jsonl", required=required)
+    report = evaluate_retrieval(model, processor, RetrievalSet(records), progress=False)
+    (written,) = [entry for entry in json.loads((folder / "results.json").read_text()) if entry["split"] == "test"]
+    assert report.metrics == pytest.approx(written["metrics"]) and written["counts"]["images"] == 12
+    assert type(model).__name__ == "VlpVseModel" and len(processor.tokenizer) == model.config.text_config.vocab_size
+    # the squares have pictures, also where regions stand for them
+    assert (folder / "retrieval.png").exists() and "curves.png, retrieval.png, results.json" in shown
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "triplet" in line]
+    assert [line["ramp/hardest_negatives"] for line in steps] == [0, 0, 0.5, 1, 1, 1]
+    assert [line["ramp/loss_factor"] for line in steps] == [1, 1, 0, 0.5, 1, 1]
+    assert [line["grad_norm"] == 0 for line in steps] == [False, False, True, False, False, False]
+    frozen = [line.get("ramp/frozen_stages") for line in steps]
+    assert frozen == ([None] * 6 if kind == "region-bert" else [2, 2, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vse_goes_on_as_if_it_had_never_stopped(vse, kind):
+    vse(kind, "--output", "whole")
+    vse(kind, "--output", "parts", "--steps", "1")  # while the tower is frozen and the ramps have all before them
+    vse(kind, "--output", "parts", "--resume", "auto")
+    vse(kind, "--output", "other", "--steps", "5")
+    whole, parts, other = (load_file(f"{name}/model.safetensors") for name in ("whole", "parts", "other"))
+    assert all(tensor.equal(parts[name]) for name, tensor in whole.items())
+    assert any(not tensor.equal(other[name]) for name, tensor in whole.items())
+    one, two = (Path(name, "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts"))
+    last = [json.loads(lines[-1])["evaluation"] for lines in (one, two)]
+    assert last[0] == last[1]
+
+
+def test_regions_without_pictures_from_a_folder_of_precomputed_features(vse, pretrain, capsys):
+    for split, numbers in (("train", range(8)), ("dev", range(8, 12))):
+        Path("precomp").mkdir(exist_ok=True)
+        np.save(f"precomp/{split}_ims.npy", np.array([np.full((3, 5), i, np.float32) for i in numbers]))
+        Path(f"precomp/{split}_ids.txt").write_text("".join(f"{100 + i}\n" for i in numbers))
+        captions = [f"a {COLOURS[i]} square, {word}" for i in numbers for word in ("one", "two", "three", "four", "five")]
+        Path(f"precomp/{split}_caps.txt").write_text("\n".join(captions) + "\n")
+    sources = ["precomp/train_ims.npy", "precomp/dev_ims.npy"]
+    assert import_main(["import", *sources, "--output", "precomp.regions"]) == 0
+    data = {"train_split": "train", "validation_split": "dev", "test_split": "dev", "regions": "precomp.regions"}
+    data |= dict.fromkeys(("train", "validation", "test"), "precomp")
+    words = ["--final", "best", "--batch_size", "4"]
+    shown = vse("region-bert", *words, data=data, processor=PIECES | {"max_length": 24})
+    assert "4 images" not in shown and not Path("runs/vse/retrieval.png").exists()
+    assert "runs/vse holds the model, curves.png, results.json and README.md" in shown
+    results = json.loads(Path("runs/vse/results.json").read_text())
+    assert [(entry["split"], entry["counts"]["captions"]) for entry in results] == [("dev", 20), ("dev", 20)]
+    with pytest.raises(SystemExit, match="precomp has the splits dev, train; split='val'"):
+        pretrain("--config", "vse.yaml", "--output", "elsewhere", "--validation_split", "val")
+
+
+def saved_towers():
+    torch.manual_seed(9)
+    text = {name: value for name, value in BERT.items() if name != "model_type"}
+    bert = BertModel(BertConfig(vocab_size=TOKENS, **text))
+    grid = VlpVseGridModel(VlpVseGridConfig(**{name: value for name, value in GRID.items() if name != "model_type"}))
+    bert.save_pretrained("bert"), grid.save_pretrained("grid")
+    BertModel(BertConfig(vocab_size=TOKENS + 1, **text)).save_pretrained("larger")
+    return bert.state_dict(), grid.state_dict()
+
+
+TOKENS = 51  # of the word pieces of the squares' captions, as the next test makes sure
+
+
+def test_towers_start_from_saved_encoders(vse):
+    bert, grid = saved_towers()
+    towers = {"text_model": "bert", "vision_model": "grid"}
+    still = ["--lr", "0", "--steps", "1"]
+    vse("grid-bert", *still, model={"towers": towers}, processor=PIECES | {"vocabulary_size": TOKENS})
+    state = load_file("runs/vse/model.safetensors")
+    for prefix, tower in (("vse.text_model.", bert), ("vse.vision_model.", grid)):
+        names = [name for name in tower if not name.startswith("pooler.")]
+        assert all(torch.equal(tower[name], state[prefix + name]) for name in names)
+        assert len([name for name in state if name.startswith(prefix)]) == len(names)
+    vse("grid-bert", *still, "--output", "fresh", processor=PIECES | {"vocabulary_size": TOKENS})
+    fresh = load_file("fresh/model.safetensors")
+    weight = "vse.text_model.embeddings.word_embeddings.weight"
+    assert len(fresh[weight]) == TOKENS and not torch.equal(fresh[weight], state[weight])
+
+
+@pytest.mark.parametrize(
+    ("towers", "message"),
+    [
+        ({"audio_model": "bert"}, "model.towers.audio_model = 'bert': .*no tower 'audio_model'; it has text_model, vision_model"),
+        ({"text_model": "grid"}, "model.towers.text_model = 'grid': .*VlpVseGridModel given as text_model does not fill a"),
+        ({"text_model": "larger"}, r"model.towers.text_model = 'larger': .*other sizes than .*word_embeddings.weight.*\[52"),
+        ({"vision_model": "absent"}, "model.towers.vision_model = 'absent': "),
+    ],
+)
+def test_a_tower_that_does_not_fit_is_one_line(vse, towers, message):
+    saved_towers()
+    with pytest.raises(SystemExit, match=message):
+        vse("grid-bert", model={"towers": towers}, processor=PIECES | {"vocabulary_size": TOKENS})
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        ("grid-gru", ["--data.regions", "squares.regions", "--augmentation", "{}"], "data.regions = .*this model sees pixels"),
+        ("region-bert", ["--data.regions", "null", "--data.size_augmentation.regions", "0"], "data.regions is required: .*regions"),
+        ("region-bert", ["--data.regions", "absent.regions"], "data.regions = .*there is no region store at absent.regions"),
+        ("region-bert", ["--data.regions", "squares.jsonl"], "data.regions = 'squares.jsonl': squares.jsonl"),
+        ("region-bert", ["--model.config.region_size", "6"], "features are 5 wide, and model.config.region_size is 6"),
+        ("region-bert", ["--grid", "0.2"], "data.size_augmentation.grid: this model pools no grid"),
+        ("region-bert", ["--image_processor", "{do_rescale: false}"], "processor.image_processor is for pictures"),
+        ("grid-gru", ["--text_cleaning", "none"], "processor.text_cleaning = 'none': the processor of vlp_vse cleans no text"),
+        ("grid-gru", ["--vocabulary", "byte_pairs", "--minimum_count", "null", "--vocabulary_size", "600"], "augmentation.captions"),
+        ("grid-gru", ["--ramps.frozen_stages.values", "[4, 0]"], r"ramps.frozen_stages: .*the tower has 2 stage"),
+        ("grid-gru", ["--ramps.hardest", "{at: [0], values: [1]}"], "ramps.hardest: .*the nearest is 'hardest_negatives'"),
+        ("region-bert", ["--ramps.frozen_stages", "{at: [0], values: [1]}"], "ramps.frozen_stages: VlpVseForPreTraining has"),
+    ],
+)
+def test_bad_settings_of_vse_are_one_line_and_leave_nothing(vse, kind, words, message):
+    with pytest.raises(SystemExit, match=message):
+        vse(kind, *words)
+    assert not Path("runs").exists()
+
+
+def test_other_models_refuse_what_is_for_sets(pretrain):
+    with pytest.raises(SystemExit, match="data.size_augmentation.grid: this model pools no grid of cells"):
+        pretrain("--grid", "0.2")
+    with pytest.raises(SystemExit, match="data.size_augmentation.captions = 0.2: .*"):
+        pretrain("--captions", "0.2")
+    with pytest.raises(SystemExit, match="ramps.hardest_negatives: VlpClipForPreTraining has loss_factor; the nearest"):
+        pretrain("--ramps.hardest_negatives", "{at: [0], values: [1]}")
+    assert not Path("runs").exists()
+    shown = pretrain("--data.validation", "null", "--data.test", "null", "--steps", "2")
+    assert "curves.png, results.json and README.md" in shown and not Path("runs/squares/retrieval.png").exists()

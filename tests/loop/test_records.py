@@ -208,6 +208,55 @@ def test_karpathy_split_file(tmp_path):
         read_karpathy(path, tmp_path, "train", captions_per_image=5)
     with pytest.raises(FileNotFoundError, match="image_root"):
         read_karpathy(path, tmp_path / "val2014", "test")
+    # a model that sees regions needs no pictures, and is given those that are there
+    bare = read_records(path, split="train", image_root=tmp_path / "val2014", required=("captions",))
+    assert bare.column_names == ["captions", "image_id", "filename"] and list(bare["image_id"]) == ["900", "901"]
+    streamed = read_records(path, split="train", image_root=tmp_path / "val2014", required=("captions",), streaming=True)
+    assert [row["captions"] for row in streamed] == [["a", "b"], ["c"]]
+    assert read_records(path, split="test", required=("captions",))[0]["image"].getpixel((0, 0)) == (2, 0, 0)
+    with pytest.raises(FileNotFoundError, match="image_root"):
+        read_records(path, split="train", image_root=tmp_path / "val2014")
+
+
+def test_a_folder_of_precomputed_regions(tmp_path):
+    for split, images, copies in (("train", 3, 1), ("dev", 2, 5)):
+        features = np.arange(images * 12, dtype=np.float32).reshape(images, 3, 4)
+        np.save(tmp_path / f"{split}_ims.npy", features.repeat(copies, axis=0))
+        ids = [f"{split}{i // copies}" for i in range(images * copies)]
+        (tmp_path / f"{split}_ids.txt").write_text("\n".join(ids) + "\n")
+        (tmp_path / f"{split}_caps.txt").write_text("".join(f"{split} caption {i}\n" for i in range(images * 5)))
+    for streaming in (False, True):
+        options = {"required": ("captions",), "streaming": streaming}
+        train, dev = (list(read_records(tmp_path, split=split, **options)) for split in ("train", "dev"))
+        assert [row["image_id"] for row in train] == [row["regions"] for row in train] == ["train0", "train1", "train2"]
+        assert train[1]["captions"] == [f"train caption {i}" for i in range(5, 10)]
+        assert [row["image_id"] for row in dev] == ["dev0", "dev1"] and [len(row["captions"]) for row in dev] == [5, 5]
+    for split in (None, "test"):
+        with pytest.raises(ValueError, match=f"has the splits dev, train; split={split!r} is none of them. Choose one"):
+            read_records(tmp_path, split=split, required=("captions",))
+    with pytest.raises(RecordError, match="no column 'image'.*Available columns: captions, image_id, regions"):
+        read_records(tmp_path, split="train")
+    for path in tmp_path.glob("dev*"):
+        path.unlink()
+    assert len(read_records(tmp_path, required=("captions",))) == 3  # the only split there is
+    (tmp_path / "train_ims.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="train_ims.npy"):
+        read_records(tmp_path, split="train", required=("captions",))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_one_regions_key_are_of_one_image(tmp_path, streaming):
+    def ids(rows, **columns):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = {"required": ("captions",), "streaming": streaming, "columns": columns}
+        return [row["image_id"] for row in read_records(tmp_path / "rows.jsonl", **options)]
+
+    assert ids([{"caption": "a", "regions": 7}, {"caption": "b", "regions": 0}, {"caption": "c", "regions": 7}]) == [7, 0, 7]
+    assert ids([{"caption": "a", "key": "x"}, {"caption": "b", "key": "x"}], regions="key") == ["x", "x"]
+    assert ids([{"caption": "a", "regions": "x", "image_id": 3}, {"caption": "b", "regions": "x", "image_id": 4}]) == [3, 4]
+    # without keys, or with lists of something else under that name, rows are images of their own
+    assert ids([{"caption": "a"}, {"caption": "b"}]) == [0, 1]
+    assert ids([{"caption": "a", "regions": [1, 2]}, {"caption": "b", "regions": [1, 2]}]) == [0, 1]
 
 
 def test_identity_is_stable_and_the_same_for_a_number_and_its_text():

@@ -594,6 +594,22 @@ def test_import_describe_verify(tmp_path, capsys):
     assert main(["describe", str(store)]) == 1 and "truncated" in capsys.readouterr().err
 
 
+def test_several_sources_go_into_one_store(tmp_path, capsys):
+    for split, first in (("train", 10), ("dev", 20)):
+        np.save(tmp_path / f"{split}_ims.npy", np.full((2, 3, 4), first, np.float32))
+        (tmp_path / f"{split}_ids.txt").write_text(f"{first}\n{first + 1}\n")
+    sources = [str(tmp_path / f"{split}_ims.npy") for split in ("train", "dev")]
+    assert main(["import", *sources, "--output", str(tmp_path / "both.regions")]) == 0
+    store, printed = RegionStore(tmp_path / "both.regions"), capsys.readouterr().out
+    assert store.keys() == ["10", "11", "20", "21"] and store.read(21).features[0, 0] == 20
+    assert all(f"{source}: <split>_ims.npy" in printed for source in sources)
+    # an id of both is refused, and so is one list of ids for the two
+    assert main(["import", *sources, sources[0], "--output", str(tmp_path / "twice.regions")]) == 1
+    assert "'10'" in capsys.readouterr().err and not (tmp_path / "twice.regions").exists()
+    words = [*sources, "--ids", str(tmp_path / "dev_ids.txt"), "--output", str(tmp_path / "ids.regions")]
+    assert main(["import", *words]) == 1 and "--ids is for one source" in capsys.readouterr().err
+
+
 def test_import_skips_bad_records_when_told_and_counts_them(tmp_path, capsys):
     path = write_tsv(tmp_path / "a.tsv", [tsv_row("11"), tsv_row("22", n=4)])
     command = ["import", str(path), "--output", str(tmp_path / "a.regions")]

@@ -29,9 +29,10 @@ def runs(tmp_path_factory):
 
 CLIP = [f"clip-{objective}-{step}" for objective in ("softmax", "sigmoid") for step in ("plain", "cached")]
 VSE = [f"vse-{form}-{step}" for form in ("hardest", "mixed") for step in ("plain", "cached")]
+FROZEN = ["frozen-plain", "frozen-cached"]
 
 
-@pytest.mark.parametrize("step", ["plain", "cached", "accumulated", *CLIP, *VSE])
+@pytest.mark.parametrize("step", ["plain", "cached", "accumulated", *CLIP, *VSE, *FROZEN])
 def test_two_processes_equal_one_with_the_whole_batch(runs, step):
     names = [name for name in runs[1] if name.startswith(f"{step}.")]
     assert len(names) > 10
@@ -48,7 +49,7 @@ def test_the_comparison_can_fail(runs):
     assert (one["visual_projection.weight"] - other["visual_projection.weight"]).abs().max() > 1e-3
     for step in ("plain", "cached"):
         assert runs[1][f"{step}.loss0"] != runs[1][f"{step}.loss3"]
-    for step in CLIP + VSE:
+    for step in CLIP + VSE + FROZEN:
         assert runs[1][f"{step}.loss0"] != runs[1][f"{step}.loss1"]
     one, other = (
         runs[2][f"clip-{objective}-plain.clip.visual_projection.weight"] for objective in ("softmax", "sigmoid")
@@ -67,6 +68,22 @@ def test_processes_that_keep_their_negatives_apart_take_another_step(runs, step)
     assert (runs[2][f"{local}.{weight}"] - runs[1][f"{local}.{weight}"]).abs().max() > 1e-3
     # three pairs have fewer negatives than six, and the loss is a sum over the pairs of a process
     assert runs[2][f"{local}.loss0"] < 0.6 * runs[1][f"{local}.loss0"]
+
+
+@pytest.mark.parametrize("step", FROZEN)
+def test_a_frozen_tower_has_no_gradients_on_any_number_of_processes(runs, step):
+    for count in (1, 2):
+        had = [runs[count][f"{step}.gradients{number}"].tolist() for number in range(4)]
+        (none, one, some, every), whole = [pair[0] for pair in had], had[0][1]
+        assert none == one == 0 < some < every == whole
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_loss_of_a_collapsed_model_is_known_for_global_and_local_negatives(runs, processes):
+    for negatives, pairs in (("global", 6), ("local", 6 // processes)):
+        loss, told = (runs[processes][f"collapsed.{negatives}.{name}"].item() for name in ("loss", "told"))
+        # each of the pairs loses twice: a quarter over all others, three quarters once
+        assert loss == pytest.approx(told) == pytest.approx(2 * 0.2 * pairs * (0.25 * (pairs - 1) + 0.75))
 
 
 @pytest.mark.parametrize("step", ["plain", "cached"])

@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import save_file
 
 from hf_vlp.distributed import gather_with_gradient, gather_without_gradient, rank, world_size
@@ -12,10 +12,13 @@ from hf_vlp.layers.normalization import keep_statistics
 from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining
 from hf_vlp.models.vse.modeling_vse import VlpVseForPreTraining
 from hf_vlp.training.optim import training_mode
+from hf_vlp.training.ramps import ramped
+from hf_vlp.training.recipe import RampRecipe
 from hf_vlp.training.state import Checkpoints, Progress, StateError
 from hf_vlp.training.steps import choose_step
-from tests.contract.rows import REGION, gru_config, pair_config, vse_config
-from tests.loop.toy import ToyTwoTower, parts, stream
+from hf_vlp.training.stream import BatchStream
+from tests.contract.rows import REGION, grid_config, gru_config, pair_config, vse_config
+from tests.loop.toy import ToySampler, ToyTwoTower, parts, stream
 
 
 def clip_steps(accelerator: Accelerator, objective: str, chunk: int | None) -> dict[str, torch.Tensor]:
@@ -59,6 +62,46 @@ def pair_steps(accelerator: Accelerator, model, images, chunk: int | None, lr: f
     return found | {name: value.clone() for name, value in accelerator.unwrap_model(model).state_dict().items()}
 
 
+def frozen_steps(accelerator: Accelerator, chunk: int | None) -> dict[str, torch.Tensor]:
+    """Four steps of a grid model whose CNN is frozen for two, with the loss coming up after them; which tensors had a gradient."""
+    torch.manual_seed(0)
+    inner = VlpVseForPreTraining(vse_config(gru_config, grid_config, hardest_negatives=0)())
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    model, optimizer = accelerator.prepare(inner, torch.optim.SGD(inner.parameters(), lr=0.02))
+    accelerator.ddp_handler = None
+    draw = torch.Generator().manual_seed(1)
+    pairs = [
+        {"pixel_values": torch.randn(3, 32, 32, generator=draw), "input_ids": torch.randint(3, 30, (5,), generator=draw)}
+        for _ in range(12)
+    ]
+    batches = BatchStream(
+        pairs, ToySampler(12, 6), torch.utils.data.default_collate, rank=rank(), processes=world_size()
+    )
+    ramps = {
+        "frozen_stages": RampRecipe([0.0, 1.0, 1.5], [3.0, 2.0, 0.0]),
+        "loss_factor": RampRecipe([0.0, 1.0, 1.0, 2.0], [1.0, 1.0, 0.2, 1.0], shape="linear"),
+        "hardest_negatives": RampRecipe([0.0, 2.0], [0.0, 0.5], shape="linear"),
+    }
+    step, drawn, found = ramped(choose_step(chunk, 1), ramps, inner, batches), iter(batches), {}
+    training_mode(model)
+    for number in range(4):
+        losses = step(accelerator, model, [next(drawn)])
+        found[f"loss{number}"] = accelerator.reduce(losses["loss"], reduction="mean").reshape(1)
+        had = [parameter.grad is not None for name, parameter in inner.named_parameters() if "resnet" in name]
+        found[f"gradients{number}"] = torch.tensor([sum(had), len(had)])
+        optimizer.step()
+        optimizer.zero_grad()
+    return found | {name: value.clone() for name, value in inner.state_dict().items()}
+
+
+def collapsed(negatives: str) -> dict[str, torch.Tensor]:
+    """The loss of six pairs over all processes whose embeddings are all the same, and what the model says of it."""
+    model = VlpVseForPreTraining(vse_config(gru_config, hardest_negatives=0.75, negatives=negatives)())
+    same = torch.ones(6 // world_size(), 4)
+    loss = gather_without_gradient(model.objective(same, same)[0].reshape(1)).mean()
+    return {"loss": loss.reshape(1), "told": torch.tensor([model.collapsed_loss(6)])}
+
+
 def statistics(accelerator: Accelerator, chunk: int | None) -> dict[str, torch.Tensor]:
     """[N, 8] the running means of all processes after three steps, and then in an evaluation."""
     model, optimizer, _ = parts(accelerator, ToyTwoTower(batch_norm=True))
@@ -98,7 +141,11 @@ def main(output: str) -> None:
         for form, hardest, negatives in (("hardest", 1.0, "global"), ("mixed", 0.4, "global"), ("local", 1.0, "local")):
             steps = vse_steps(accelerator, hardest, negatives, chunk)
             found |= {f"vse-{form}-{name}.{key}": value for key, value in steps.items()}
+        found |= {f"frozen-{name}.{key}": value for key, value in frozen_steps(accelerator, chunk).items()}
         found |= {f"statistics.{name}.{key}": value for key, value in statistics(accelerator, chunk).items()}
+
+    for negatives in ("global", "local"):
+        found |= {f"collapsed.{negatives}.{key}": value for key, value in collapsed(negatives).items()}
 
     # the gather by itself: row i of process r weighs (r + 1) in the sum that every process takes
     rows = torch.full((2, 3), float(rank() + 1), requires_grad=True)

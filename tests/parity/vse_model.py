@@ -13,7 +13,8 @@ from torch import nn
 
 from conversion.from_vse import build_model, convert_state_dict, load_pooling, mask_of, model_inputs, read_original
 from conversion.tables import ConversionError, Drop, Rename, find_row, original_value, revert
-from conversion.vse_layouts import vse_table, without_copies
+from conversion.vse_layouts import COPIES, vse_table, without_copies
+from hf_vlp.inputs.grid_augmentation import GridDropping
 from hf_vlp.layers.pooling import GeneralizedPooling, sinusoids, unit_rows
 from hf_vlp.models.vse.modeling_vse import NORM_EPS, VlpVseForPreTraining, VlpVseModel
 from hf_vlp.objectives.triplet import triplet_loss
@@ -23,8 +24,6 @@ FORMS = {"sum_of_hinges": 0.0, "max_violation": 1.0}  # of the loss -> share of 
 SECTION = re.compile(r"loss\.(?P<mode>eval|train)\.(?P<form>\w+?)(\|fixed_blocks=(?P<stages>\d+))?")
 AFTER_TRAIN = "after_train_forward."
 ALL_STAGES = 4
-# Rates of the grid's size augmentation in training, of the released code.
-AUGMENTED_ABOVE = DROPPED_BELOW = 0.2
 # Names of intermediate values <-> the modules whose results they are; of the first two that a model has.
 INTERMEDIATES = [
     Rename("img.fc", "visual_projection"),
@@ -32,6 +31,13 @@ INTERMEDIATES = [
     Rename("img.mlp", "region_mlp"),
     Rename("img.backbone.top", "vision_model.resnet.layer4"),
     Rename("img.backbone.base", "vision_model.resnet.layer3"),
+    # the CNN as sequences of modules: numbers in place of names
+    Rename("img.backbone.top.0", "vision_model.resnet.layer4"),
+    Rename("img.backbone.base.0", "vision_model.resnet.conv1"),
+    Rename("img.backbone.base.1", "vision_model.resnet.bn1"),
+    Rename("img.backbone.base.4", "vision_model.resnet.layer1"),
+    Rename("img.backbone.base.5", "vision_model.resnet.layer2"),
+    Rename("img.backbone.base.6", "vision_model.resnet.layer3"),
     Rename("img.backbone", "vision_model"),
     Rename("img.backbone.*", "vision_model.*"),
     Rename("txt.bert", "text_model"),
@@ -72,8 +78,10 @@ class Checkpoint:
 
 
 def plain(name: str) -> str:
-    """A name of the original without the `module.` of DataParallel."""
-    return re.sub(r"^(img_enc|txt_enc)\.module\.", r"\1.", name)
+    """A name of the original without the `module.` of DataParallel; of a second copy, the first one's."""
+    bare = re.sub(r"^(img_enc|txt_enc)\.module\.", r"\1.", name)
+    copy_of = find_row(bare, COPIES)
+    return bare if copy_of is None else copy_of[1][0]
 
 
 def checkpoints(case: Case) -> Iterator[tuple[Checkpoint, str]]:
@@ -103,17 +111,12 @@ def batch_of(case: Case, vse: VlpVseModel, mode: str, step: int | None = None) -
     """Arguments of `forward`; in training with the cells that the recorded draws keep, those of `step` if there are several."""
     batch = model_inputs(case.inputs)
     if mode == "train" and "rand_list_1" in case.inputs:
-        draws = [
+        of_cells, of_images = (
             case.inputs[name] if step is None else case.inputs[name][step] for name in ("rand_list_1", "rand_list_2")
-        ]
-        batch["grid_mask"] = kept_cells(*draws)
+        )
+        images, cells = of_cells.shape
+        batch["grid_mask"] = GridDropping(cells)(images, cell_draws=of_cells, image_draws=of_images)
     return batch
-
-
-def kept_cells(cells: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Draws for `cells` [B, P] and `images` [B] -> [B, P], 1 at cells that training keeps; compared in float64."""
-    cells, images = cells.double(), images.double()[:, None]
-    return ((cells > DROPPED_BELOW * images) | (images <= AUGMENTED_ABOVE)).long()
 
 
 def forward_values(
@@ -183,7 +186,7 @@ def compacted(features: torch.Tensor, mask: torch.Tensor, padding: torch.Tensor)
 
 def loss_of(training_model: VlpVseForPreTraining, batch: dict[str, torch.Tensor], form: str) -> torch.Tensor:
     """The loss in one of FORMS."""
-    training_model.config.hardest_negatives = FORMS[form]
+    training_model.hardest_negatives = FORMS[form]
     return training_model(**batch).loss
 
 

@@ -13,6 +13,7 @@ Differences from the released code:
 6. Captions of any order in a batch for the BiGRU; the original needs them sorted by length.
 7. Any text encoder of transformers and any image encoder of transformers or timm can be a tower.
 8. Weights of the pooling are computed once for each length in the batch, not for each sample. Exact.
+9. On a CPU, captions of similar length run through the text encoder together, without most of the padding. Exact.
 """
 
 import re
@@ -300,9 +301,11 @@ class VlpVseModel(VlpVsePreTrainedModel):
                 or cell.
         """
         if self.vision_model is None:
+            if pixel_values is not None:
+                raise ValueError("this model sees regions and was given pixel_values (pixels need a model with a vision_config)")
             return self.encode_regions(region_features, region_mask)
-        if pixel_values is None:
-            raise ValueError("this model sees pixels: give pixel_values (regions need a model whose vision_config is None)")
+        if pixel_values is None or region_features is not None:
+            raise ValueError("this model sees pixels: give pixel_values alone (regions need a model whose vision_config is None)")
         return self.pool_cells(self.vision_model(pixel_values), grid_mask)
 
     def pool_cells(self, outputs: BaseModelOutput, grid_mask: torch.Tensor | None) -> torch.Tensor:
@@ -407,7 +410,7 @@ class VlpVseModel(VlpVsePreTrainedModel):
                 "VSE-infinity's forward needs input_ids and pixel_values or region_features; for one side call get_text_features "
                 "or get_image_features"
             )
-        if self.vision_model is None or pixel_values is None:
+        if self.vision_model is None or pixel_values is None or region_features is not None:
             vision, image_embeds = None, self.encode_image(pixel_values, region_features, region_mask, grid_mask)
         else:
             vision = self.vision_model(pixel_values, return_dict=True, **kwargs)
@@ -429,6 +432,7 @@ class VlpVseForPreTraining(VlpVsePreTrainedModel):
     def __init__(self, config: VlpVseConfig):
         super().__init__(config)
         self.vse = VlpVseModel(config)
+        self.hardest_negatives = config.hardest_negatives  # where the training stands; the configuration says where it begins
         self.post_init()
 
     def get_image_features(self, *args, **kwargs) -> torch.Tensor:
@@ -455,7 +459,9 @@ class VlpVseForPreTraining(VlpVsePreTrainedModel):
         """What a recipe's `ramps` may change while training: the form of the loss, and how many stages of a CNN are frozen."""
 
         def hardest_negatives(share: float) -> None:
-            self.config.hardest_negatives = share
+            if not 0 <= share <= 1:
+                raise ValueError(f"{share} is no share of the hardest-negatives form: give 0 to 1")
+            self.hardest_negatives = share
 
         frozen = {} if self.vse.vision_model is None else {"frozen_stages": lambda stages: self.freeze_stages(int(stages))}
         return {"hardest_negatives": hardest_negatives, **frozen}
@@ -464,7 +470,7 @@ class VlpVseForPreTraining(VlpVsePreTrainedModel):
         """The loss of a batch of `pairs` pairs over all processes once all embeddings are the same: a training that stays there has
         collapsed."""
         pairs = pairs if self.config.negatives == "global" else pairs // world_size()
-        return collapsed_loss(pairs, margin=self.config.margin, hardest=self.config.hardest_negatives)
+        return collapsed_loss(pairs, margin=self.config.margin, hardest=self.hardest_negatives)
 
     def embed(self, input_ids, attention_mask=None, **image) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of the images and of the texts, [B, E] each."""
@@ -482,7 +488,7 @@ class VlpVseForPreTraining(VlpVsePreTrainedModel):
             batch["all_text_embeds"] = gather_with_gradient(text_embeds)
             batch["all_image_ids"] = None if image_ids is None else gather_without_gradient(image_ids)
             batch["offset"] = rank() * len(image_embeds)
-        form = {"margin": self.config.margin, "hardest": self.config.hardest_negatives}
+        form = {"margin": self.config.margin, "hardest": self.hardest_negatives}
         loss = triplet_loss(image_embeds, text_embeds, **form, **batch)
         return loss, {"triplet": loss}
 
