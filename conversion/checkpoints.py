@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -265,9 +266,34 @@ def _read_legacy(path: Path):
         ) from error
 
 
+class _NumpyType:
+    """The type of a number of numpy as a pickle tells it: "f8", and its byte order."""
+
+    def __init__(self, name: str, *_):
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+
+def _numpy_number(kind: _NumpyType, data: bytes) -> int | float | bool:
+    """The plain number behind the bytes of one of numpy.
+
+    Raises:
+        UnpicklingError: anything else than a number.
+    """
+    told = f"{kind.order}{kind.name}" if isinstance(kind, _NumpyType) else ""
+    if not re.fullmatch(r"[<>=|]([iu][1248]|f[248]|b1)", told):
+        raise pickle.UnpicklingError("a value of numpy that is no number")
+    return np.frombuffer(data, dtype=told, count=1)[0].item()
+
+
 def _torch_load(path: Path, **options):
-    # Training scripts keep their command line beside the weights; a Namespace only holds attributes.
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+    # Training scripts keep their command line beside the weights; a Namespace only holds attributes. Their scores may be numbers of
+    # numpy, for which functions of ours stand in.
+    numbers = [(_numpy_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    known = [argparse.Namespace, (_NumpyType, "numpy.dtype"), *numbers]
+    with torch.serialization.safe_globals(known), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True, **options)
 

@@ -333,9 +333,18 @@ def run(options: argparse.Namespace) -> None:
     if options.backbone_source:
         settings["backbone_source"] = options.backbone_source
     config, state = convert_state_dict(original.state, settings, told)
-    processor = build_processor(config, options.vocabulary, settings.get("backbone_source"))
+    alone = isinstance(config, VlpVseGridConfig)
+    if alone and options.check is not None and options.check != Path():
+        raise ConversionError(
+            f"--check {options.check}: a CNN alone has no stored outputs to compare with; give --check without a folder"
+        )
+    source = settings.get("backbone_source")
+    processor = build_processor(config, options.vocabulary, source)
+    needed = {"--vocabulary": options.vocabulary is None and not alone}
+    needed["--backbone-source"] = source is None and (alone or config.vision_config is not None)
+    remedy = " and ".join(option for option, absent in needed.items() if absent)
     model = build_model(config, state, getattr(torch, options.dtype))
-    save(options, model, state, processor, summary(model), lambda folder: compare_outputs(model, folder))
+    save(options, model, state, processor, summary(model), lambda folder: compare_outputs(model, folder), remedy)
 
 
 if __name__ == "__main__":

@@ -90,9 +90,22 @@ def run_or_exit(
     """Run with the parsed command line; what a user can put right ends it with one line and status 1."""
     options = parser.parse_args(arguments)
     try:
+        refuse_no_outputs(options.check)
         run(options)
     except (CheckpointError, ConversionError, FileExistsError) as error:
         parser.exit(1, f"error: {error}\n")
+
+
+def refuse_no_outputs(folder: Path | None) -> None:
+    """Raises ConversionError for a `--check FOLDER` that lacks the files that it names; nothing is converted by then."""
+    if folder is None or folder == Path():
+        return
+    missing = [name for name in ("inputs.safetensors", "outputs.safetensors") if not (folder / name).is_file()]
+    if missing:
+        raise ConversionError(
+            f"--check {folder}: no {' and no '.join(missing)} there; give a folder with the original's inputs and outputs, "
+            "or --check alone to compare the saved tensors"
+        )
 
 
 def save(
@@ -102,6 +115,7 @@ def save(
     processor,
     summary: str,
     compare: Callable[[Path], Mapping[str, float]],
+    remedy: str = "--vocabulary",
 ) -> None:
     """Write the folder that the command line names, with its card; print what was converted and what was checked.
 
@@ -109,6 +123,7 @@ def save(
         options: parsed by `command_line`.
         state: our state dict, under the names of the class that AutoModel gives. processor: None leaves it out.
         compare: largest differences of a forward to the stored outputs of the folder it is given.
+        remedy: the options that would give a processor, where there is none.
     """
     with whole_folder(options.output, options.overwrite) as folder:
         model.save_pretrained(folder)
@@ -119,7 +134,7 @@ def save(
             count = check_saved(folder, state, getattr(torch, options.dtype))
             print(f"check        {count} tensors equal the checkpoint's, largest difference 0")
     print(summary)
-    missing = "" if processor else ", without a processor: give --vocabulary"
+    missing = "" if processor else f", without a processor: give {remedy}"
     print(f"saved        {options.output} in {options.dtype}{missing}")
     if options.check is not None and options.check != Path():
         for name, difference in compare(options.check).items():

@@ -64,15 +64,25 @@ def threads_per_process() -> int:
 
 
 def read_split(data: DataRecipe, split: str):
-    """The records of "train", "validation" or "test"."""
+    """The records of "train", "validation" or "test".
+
+    Raises:
+        RecipeError: no such file, or a split that it does not have.
+        RecordError: records that cannot be used.
+    """
     source = getattr(data, split)
     if source is None:
         return None
     chosen = getattr(data, f"{split}_split")
     needed = ("captions",) if data.regions is not None else ("image", "captions")
-    return read_records(
-        located(source), split=chosen, columns=data.columns, image_root=data.image_root, required=needed
-    )
+    try:
+        return read_records(
+            located(source), split=chosen, columns=data.columns, image_root=data.image_root, required=needed
+        )
+    except RecordError:
+        raise
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"data.{split} = {source!r}: {error}") from error
 
 
 def located(source: str) -> str:
@@ -151,8 +161,10 @@ def build_processor(recipe: Recipe, config, records):
     side = "feature_extractor" if recipe.data.regions is not None else "image_processor"
     name = row.feature_extractor if recipe.data.regions is not None else row.image_processors["torchvision"]
     options |= {"feature_size": config.region_size} if recipe.data.regions is not None else {}
-    parts = {side: resolve(name)(**options), "tokenizer": build_tokenizer(recipe, records)}
-    return resolve(row.processor)(**parts, **cleaning)
+    tokenizer = build_tokenizer(recipe, records)
+    if chosen.max_length is None and (positions := getattr(config.text_config, "max_position_embeddings", None)):
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return resolve(row.processor)(**{side: resolve(name)(**options)}, tokenizer=tokenizer, **cleaning)
 
 
 def open_store(recipe: Recipe, config) -> RegionStore | None:

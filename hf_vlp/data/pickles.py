@@ -9,13 +9,15 @@ import collections
 import io
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 DEEPEST = 64  # containers within containers
+MOST_ITEMS = 2**24  # of a pickle's containers, with one that is in several places counted at each
 NUMBERS_AND_TEXTS = "biufSU"  # kinds of numpy's types; "O" is a list of whatever, "V" and the rest have no place here
 
 
@@ -53,7 +55,9 @@ class _Type:
         self.order = _text(state[1])
 
     def dtype(self) -> np.dtype:
-        dtype = np.dtype(self.code) if isinstance(self.code, str) and len(self.code) < 16 else np.dtype("V")
+        if not isinstance(self.code, str):
+            raise pickle.UnpicklingError(f"an array of a {type(self.code).__name__} is no array of numbers or texts")
+        dtype = np.dtype(self.code) if len(self.code) < 16 else np.dtype("V")
         if dtype.kind not in NUMBERS_AND_TEXTS + "O":
             raise pickle.UnpicklingError(f"an array of {self.code!r:.80} is no array of numbers or texts")
         return dtype.newbyteorder(self.order) if self.order in ("<", ">") else dtype
@@ -73,7 +77,7 @@ class _Array:
             raise pickle.UnpicklingError("an array without a type")
         dtype, shape = self.dtype.dtype(), self.shape
         if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
-            raise pickle.UnpicklingError(f"{shape!r:.80} is no shape")
+            raise pickle.UnpicklingError("an array whose shape is no tuple of whole numbers")
         if dtype.kind == "O":
             if not isinstance(self.data, list) or len(self.data) != math.prod(shape):
                 raise pickle.UnpicklingError(f"an array of objects without its {math.prod(shape)} objects")
@@ -94,7 +98,7 @@ class _Array:
 def _encode(text: str, encoding: str = "") -> bytes:
     """Bytes in a pickle of Python 3 for Python 2."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "iso-8859-1"):
-        raise pickle.UnpicklingError(f"bytes as text in {encoding!r:.40}")
+        raise pickle.UnpicklingError("bytes as text in another encoding than latin1")
     return text.encode("latin1")
 
 
@@ -114,13 +118,28 @@ def _from_buffer(data, dtype, shape, order) -> _Array:
     return _Array(dtype, data, shape, _text(order) == "F")
 
 
+def _keyed(value: Any) -> Any:
+    """A key or an item of a set, which must be a number, a text, bytes or None: what contains others takes for ever to hash, or crashes."""
+    if value is not None and not isinstance(value, int | float | complex | str | bytes | _Array):
+        raise pickle.UnpicklingError(f"a {type(value).__name__} as a key, where numbers and texts are expected")
+    return value
+
+
+def _ordered(pairs=()) -> collections.OrderedDict:
+    return collections.OrderedDict((_keyed(key), value) for key, value in pairs)
+
+
+def _set(items=()) -> set:
+    return {_keyed(item) for item in items}
+
+
 HARMLESS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _ordered,
     ("_codecs", "encode"): _encode,
     ("numpy", "ndarray"): lambda *_: _Array(),
     ("numpy", "dtype"): _Type,
-    **{(module, "set"): set for module in ("builtins", "__builtin__")},
-    **{(module, "frozenset"): frozenset for module in ("builtins", "__builtin__")},
+    **{(module, "set"): _set for module in ("builtins", "__builtin__")},
+    **{(module, "frozenset"): lambda *items: frozenset(_set(*items)) for module in ("builtins", "__builtin__")},
     **{(module, "bytes"): _bytes for module in ("builtins", "__builtin__")},
     **{(module, "bytearray"): _bytes for module in ("builtins", "__builtin__")},
     **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _Array() for core in ("core", "_core")},
@@ -129,13 +148,50 @@ HARMLESS: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Builds plain containers and notes of arrays; any other name raises UnsafeGlobalError. `read_pickle` is its one user."""
+class ArrayUnpickler(pickle._Unpickler):
+    """Builds plain containers and notes of arrays; any other name raises UnsafeGlobalError. `read_pickle` is its one user.
+
+    It is Python's own in Python: that in C makes room for whatever number of objects a pickle says it will refer to, and its steps
+    cannot be told to look at keys. A record has few of them.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module, name):
         if (module, name) not in HARMLESS:
             raise UnsafeGlobalError(f"{module}.{name}")
         return _Harmless(HARMLESS[module, name])  # a new one each time: a pickle may alter what it has been given
+
+    def _keys_first(step: bytes, first: int, each: int):
+        """The step of an opcode, after a look at the keys among what it takes from the stack."""
+        usual = pickle._Unpickler.dispatch[step[0]]
+
+        def look_and_do(self):
+            for value in self.stack[first::each]:
+                _keyed(value)
+            usual(self)
+
+        return look_and_do
+
+    dispatch[pickle.SETITEM[0]] = _keys_first(pickle.SETITEM, -2, 2)
+    for step, each in ((pickle.SETITEMS, 2), (pickle.DICT, 2), (pickle.ADDITEMS, 1), (pickle.FROZENSET, 1)):
+        dispatch[step[0]] = _keys_first(step, 0, each)
+
+    def _build(self):
+        if not isinstance(self.stack[-2], _Array | _Type):
+            raise pickle.UnpicklingError(f"the pickle gives a state to a {type(self.stack[-2]).__name__}")
+        pickle._Unpickler.load_build(self)
+
+    def _bytearray(self):
+        size = int.from_bytes(self.read(8), "little")
+        self.append(bytearray(self.read(size)))  # as long as what is there, whatever it says
+
+    def _extension(self):
+        raise pickle.UnpicklingError("the pickle asks for an extension by its number")
+
+    dispatch[pickle.BUILD[0]] = _build
+    dispatch[pickle.BYTEARRAY8[0]] = _bytearray
+    dispatch[pickle.EXT1[0]] = dispatch[pickle.EXT2[0]] = dispatch[pickle.EXT4[0]] = _extension
 
 
 def read_pickle(data: bytes) -> Any:
@@ -143,12 +199,14 @@ def read_pickle(data: bytes) -> Any:
 
     Raises:
         UnsafeGlobalError: it names anything else.
-        pickle.UnpicklingError: it is damaged, or nested more than 64 deep.
+        pickle.UnpicklingError: it is damaged, nested more than 64 deep, or holds more than 2**24 items.
     """
     try:
         # latin1 is how numpy's arrays in a pickle of Python 2 come back to their bytes
         return _plain(ArrayUnpickler(io.BytesIO(data), encoding="latin1").load(), 0, {})
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if str(error).startswith("pickle exhausted"):  # the one of Python's own that a file cut short gives
+            raise pickle.UnpicklingError(f"damaged pickle ({error})") from None
         raise
     except (
         Exception
@@ -196,7 +254,7 @@ def _npy_header(file, name) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _plain(value: Any, depth: int, done: dict[int, Any]) -> Any:
-    """The value with arrays in place of their notes. `done`: id -> (value, result), so that what is shared is made once."""
+    """The value with arrays in place of their notes. `done`: id -> (value, result, items), so that what is shared is made once."""
     if depth > DEEPEST:
         raise pickle.UnpicklingError(f"containers are nested more than {DEEPEST} deep")
     if isinstance(value, _Harmless | _Type):
@@ -204,14 +262,25 @@ def _plain(value: Any, depth: int, done: dict[int, Any]) -> Any:
     if not isinstance(value, dict | list | tuple | set | frozenset | _Array):
         return value
     if id(value) not in done:
-        done[id(value)] = value, _remade(value, depth, done)
+        result = _remade(value, depth, done)
+        items = 1 + sum(done[id(part)][2] if id(part) in done else 1 for part in _parts(value))
+        if items > MOST_ITEMS:  # whoever prints it or makes an array of it would meet each of them
+            raise pickle.UnpicklingError(f"containers that hold each other so often that they have {items:,} items")
+        done[id(value)] = value, result, items
     return done[id(value)][1]
+
+
+def _parts(value: Any) -> Iterable:
+    if isinstance(value, _Array):
+        return value.data if isinstance(value.data, list) else ()
+    return chain(value.keys(), value.values()) if isinstance(value, dict) else value
 
 
 def _remade(value: Any, depth: int, done: dict[int, Any]) -> Any:
     if isinstance(value, dict):
-        return {_plain(key, depth + 1, done): _plain(item, depth + 1, done) for key, item in value.items()}
+        return {_keyed(_plain(key, depth + 1, done)): _plain(item, depth + 1, done) for key, item in value.items()}
     if isinstance(value, _Array):
         array = value.value(depth, done)
         return array.item() if isinstance(array, np.ndarray) and not array.ndim else array
-    return type(value)(_plain(item, depth + 1, done) for item in value)
+    look = _keyed if isinstance(value, set | frozenset) else lambda item: item
+    return type(value)(look(_plain(item, depth + 1, done)) for item in value)

@@ -39,6 +39,8 @@ COLUMNS = "image_id image_w image_h num_boxes boxes features cls_prob".split()
 LXMERT_COLUMNS = "img_id img_h img_w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features".split()
 REPAIR = "Repair or remove it, or have bad records left out and counted: faults=[], or --on-bad-record skip."
 
+LARGEST_MEMBER = 2**30  # bytes of an array in an .npz, which is one image: zeros of any number pack into a few
+
 Faults = list[RecordError]
 Records = Iterable[tuple[int, Any, Callable[[], RegionFeatures]]]
 
@@ -147,6 +149,8 @@ def read_region_tsv(path: str | os.PathLike, faults: Faults | None = None) -> It
 def _tsv_record(line: str) -> RegionFeatures:
     values = line.rstrip("\r\n").split("\t")
     names = LXMERT_COLUMNS if len(values) == len(LXMERT_COLUMNS) else COLUMNS[: len(values)]
+    if values[0] in NAMES["image_id"]:
+        raise ValueError("the file has a header line, remove it")
     if len(values) not in (6, 7, len(LXMERT_COLUMNS)):
         raise ValueError(
             f"{len(values)} columns, where 6, 7 or {len(LXMERT_COLUMNS)} are expected; the file may be cut short"
@@ -201,7 +205,7 @@ def _array_record(file: Path, name: str, box_units: str | None) -> RegionFeature
         with zipfile.ZipFile(file) as archive:
             members = {Path(member).stem: member for member in archive.namelist() if member.endswith(".npy")}
             wanted = {known for names in NAMES.values() for known in names} & members.keys()
-            item = {member: read_npy_bytes(archive.read(members[member]), members[member]) for member in wanted}
+            item = {member: read_npy_bytes(_member(archive, members[member]), members[member]) for member in wanted}
     else:
         item = read_npy(file)
         if isinstance(item, np.ndarray):
@@ -215,6 +219,13 @@ def _array_record(file: Path, name: str, box_units: str | None) -> RegionFeature
     own = next((item[known] for known in NAMES["image_id"] if item.get(known) is not None), name)
     own = own.item() if isinstance(own, np.ndarray) and own.size == 1 else own
     return regions_of(item, own, box_units)
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    size = archive.getinfo(name).file_size  # reading stops there, whatever else is packed
+    if size > LARGEST_MEMBER:
+        raise ValueError(f"{name} unpacks to {size:,} bytes, more than {LARGEST_MEMBER:,} for one image")
+    return archive.read(name)
 
 
 def read_region_matrix(
@@ -324,7 +335,8 @@ def h5_records(file: Any, path: Any, box_units: str | None) -> Records:
     """
     columns = {
         field: next(
-            (file[name] for name in (*names, *(f"{name}s" for name in names)) if _is_data(file.get(name))), None
+            (entry for name in (*names, *(f"{name}s" for name in names)) if _is_data(entry := _own(file, name))),
+            None,
         )
         for field, names in NAMES.items()
     }
@@ -333,9 +345,9 @@ def h5_records(file: Any, path: Any, box_units: str | None) -> Records:
         if not len(file):
             raise ValueError(f"{path} is empty")
         for position, name in enumerate(file):
-            yield position, name, lambda name=name: _h5_group(file[name], name, box_units)
+            yield position, name, lambda name=name: _h5_group(_own(file, name), name, box_units)
         return
-    ids, counts, spans = columns["image_id"], columns["num_boxes"], file.get("pos_boxes")
+    ids, counts, spans = columns["image_id"], columns["num_boxes"], _own(file, "pos_boxes")
     if ids is None or features.ndim not in (2, 3) or (features.ndim == 2 and counts is None and spans is None):
         raise ValueError(
             f"{path} holds {', '.join(file)}: expected image_ids, num_boxes and features, or one entry an image"
@@ -378,9 +390,27 @@ def h5_records(file: Any, path: Any, box_units: str | None) -> Records:
 def _h5_group(entry: Any, name: str, box_units: str | None) -> RegionFeatures:
     if _is_data(entry):
         return regions_of({"features": entry[:]}, name, box_units)
-    item = {key: value[()] for key, value in entry.items() if _is_data(value)} | dict(entry.attrs)
+    item = {key: value[()] for key in entry if _is_data(value := _own(entry, key))} | dict(entry.attrs)
     item = {key: value.item() if isinstance(value, np.generic) else value for key, value in item.items()}
     return regions_of(item, name, box_units)
+
+
+def _own(group: Any, name: str) -> Any:
+    """What a group has under a name, or None.
+
+    Raises:
+        ValueError: it lies in another file, which whoever wrote this one chose and the reader did not.
+    """
+    import h5py
+
+    link = group.get(name, getlink=True)
+    entry = None if link is None or isinstance(link, h5py.ExternalLink) else group.get(name)
+    elsewhere = isinstance(link, h5py.ExternalLink) or (
+        entry is not None and entry.file.filename != group.file.filename
+    )
+    if elsewhere or (isinstance(entry, h5py.Dataset) and (entry.external or entry.is_virtual)):
+        raise ValueError(f"{name} lies in another file: copy what it refers to into this one")
+    return entry
 
 
 def _is_data(entry: Any) -> bool:

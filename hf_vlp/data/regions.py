@@ -128,7 +128,7 @@ def import_regions(options: argparse.Namespace) -> int:
     counts = [count_of(source, kind) for source, kind in zip(options.source, kinds)]
     total = None if None in counts else sum(counts)
     bar = tqdm(regions, "import", total, unit="image", disable=not sys.stderr.isatty())
-    store = write_region_store(options.output, bar, options.overwrite)
+    store = write_region_store(options.output, bar, options.overwrite, faults)
     print(store.describe())
     print(f"{'written':<12} {len(store):,} images in {time.perf_counter() - begin:.1f} s")
     for fault in (faults or [])[: options.first]:
@@ -158,7 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     kinds = "; ".join(f"{name}: {what}" for name, what in KINDS.items())
     command = commands.add_parser("import", help="write what a source holds into a store", epilog=kinds)
-    command.add_argument("source", metavar="SOURCE", nargs="+", help="file or folder with region features; several go into one store")
+    command.add_argument(
+        "source", metavar="SOURCE", nargs="+", help="file or folder with region features; several go into one store"
+    )
     command.add_argument("--output", required=True, metavar="STORE", help="file to write")
     command.add_argument("--kind", choices=KINDS, help="what the source is (default: guessed)")
     command.add_argument(

@@ -109,6 +109,7 @@ class RegionStore:
             self._index[name] = np.frombuffer(index, dtype, self.header["images"], place)
             place += self._index[name].nbytes
         self._key_bytes = index[place:]
+        self._check_index()
         self._row_of_key: dict[str, int] | None = None
         self._layouts: dict[int, _Layout] = {}
 
@@ -197,6 +198,27 @@ class RegionStore:
                 reason = f"its bytes {start:,} to {end:,} in {self.path} do not have their checksum"
                 raise RegionError(key, "features", reason, WRITE_AGAIN)
 
+    def _check_index(self) -> None:
+        """A file that was made to have its checksum may still send a view outside itself, which would crash the process.
+
+        Raises:
+            ValueError: widths, places, counts or keys that no file of `write_region_store` has.
+        """
+        header, index = self.header, self._index
+        end, starts, counts, key_ends = header["index_start"], index["start"], index["count"], index["key_end"]
+        # numbers within the file first, so that no product of two of them is beyond 64 bits in what follows
+        widths = 1 <= header["feature_size"] <= end and 0 <= header["class_size"] <= end
+        sane = widths and ((counts >= 1) & (counts <= end) & (starts >= HEADER_BYTES) & (starts <= end)).all()
+        sane = sane and int(counts.max()) * max(header["feature_size"], header["class_size"]) <= end
+        if sane:
+            different, which = np.unique(counts, return_inverse=True)
+            sizes = np.array([_Layout(header, count).bytes for count in different.tolist()], np.int64)
+            sane = (starts % ALIGNMENT == 0).all() and (starts + sizes[which] <= end).all()
+        if not sane:
+            raise ValueError(f"{self.path} is damaged: its index sends to records that are not there. {WRITE_AGAIN}")
+        if key_ends[0] < 1 or (key_ends[1:] <= key_ends[:-1]).any() or key_ends[-1] != len(self._key_bytes):
+            raise ValueError(f"{self.path} is damaged: its index does not divide its keys. {WRITE_AGAIN}")
+
     @property
     def _rows(self) -> dict[str, int]:
         """Key -> row. Built at the first question: with many images it is most of the work of opening."""
@@ -238,7 +260,10 @@ class RegionStore:
 
 
 def write_region_store(
-    path: str | os.PathLike, regions: Iterable[RegionFeatures], overwrite: bool = False
+    path: str | os.PathLike,
+    regions: Iterable[RegionFeatures],
+    overwrite: bool = False,
+    faults: list | None = None,
 ) -> RegionStore:
     """Write the regions of many images to one file, which is whole or absent, and open it.
 
@@ -246,6 +271,7 @@ def write_region_store(
         path: of the file to write.
         regions: one an image, each with an `image_id`; kept in memory one at a time.
         overwrite: replace a file that exists.
+        faults: takes the errors of images that cannot be written, which are then left out; None: the first is raised.
 
     Raises:
         FileExistsError: the file exists and `overwrite` is false.
@@ -258,7 +284,7 @@ def write_region_store(
         raise FileExistsError(f"{path} exists: give another path, or overwrite a file")
     with whole_file(path) as partial, open(partial, "w+b") as file:
         file.write(bytes(HEADER_BYTES))
-        header, index = _write_records(file, regions)
+        header, index = _write_records(file, regions, faults)
         header["checksum"] = _checksum(header, index)
         file.write(index)
         file.seek(0)
@@ -269,24 +295,31 @@ def write_region_store(
     return RegionStore(path)
 
 
-def _write_records(file: BinaryIO, regions: Iterable[RegionFeatures]) -> tuple[dict, bytes]:
+def _write_records(file: BinaryIO, regions: Iterable[RegionFeatures], faults: list | None = None) -> tuple[dict, bytes]:
     """The records; returns the header and the index that tell of them."""
     columns: dict[str, list] = {name: [] for name in INDEX}
     keys: dict[str, None] = {}
     key_bytes, start, header, layouts = bytearray(), HEADER_BYTES, None, {}
     for one in regions:
-        one.check()
-        key = _new_key(one, keys)
+        try:
+            one.check()
+            key = _new_key(one, keys)
+            if header is not None and header != _fields_of(one):
+                raise _other_fields(one, header, next(iter(keys)))
+            _check_half(one)
+        except RegionError as error:
+            if faults is None:
+                raise
+            faults.append(error)
+            continue
+        keys[key] = None
         if header is None:
-            header, first = _fields_of(one), key
-        elif header != _fields_of(one):
-            raise _other_fields(one, header, first)
+            header = _fields_of(one)
         count = len(one)
         layout = layouts.get(count)
         if layout is None:
             layout = layouts[count] = _Layout(header, count)
         record = bytearray(layout.bytes)
-        _check_half(one)
         for name, view in layout.views(record, 0).items():
             if view is not None:
                 np.copyto(view, getattr(one, name), casting="same_kind")
@@ -312,8 +345,10 @@ def _new_key(regions: RegionFeatures, keys: dict[str, None]) -> str:
     except (TypeError, ValueError) as error:
         raise RegionError(regions.image_id, "image_id", str(error), "Every image of a store needs one.") from None
     if key in keys:
-        raise RegionError(key, "image_id", "another image has this id already", "Write each image once.")
-    keys[key] = None
+        remedy = "Write each image once."
+        if key.isdecimal():
+            remedy += " Rows of a matrix are numbered where neither an _ids.txt beside it nor --ids names their images."
+        raise RegionError(key, "image_id", "another image has this id already", remedy)
     return key
 
 

@@ -206,7 +206,8 @@ class RegionFeatures:
                     "Use RegionFeatures.from_pixels(features, boxes, width, height).",
                 )
             reason = f"{box}, outside the image, whose corners are 0 0 1 1"
-            raise RegionError(self.image_id, "boxes", reason, "Clip the boxes, or check the image's width and height.")
+            remedy = "Clip the boxes, check the image's width and height, or import with --on-bad-record skip."
+            raise RegionError(self.image_id, "boxes", reason, remedy)
         turned = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
         if turned.any():
             row = int(turned.argmax())

@@ -49,7 +49,7 @@ class ProcessorRecipe:
     folder or Hub id, a merges file in the layout of CLIP's `bpe_simple_vocab_16e6.txt.gz`, or a `vocab.json` of words in VSE-infinity's
     layout. Without either a `vocabulary` is trained on the captions: "byte_pairs" in CLIP's layout, "word_pieces" in BERT's, of
     `vocabulary_size` (4096) entries, or whole "words" seen at least `minimum_count` (4) times. `max_length`: tokens with both
-    marks, 77 for byte pairs; else the tokenizer's own limit, if it has one.
+    marks; if not given 77 for byte pairs, else the tokenizer's own limit, and no more than the model has positions.
     `image_processor`: further arguments of the image processor (the size comes from the model's config).
     A saved processor has its tokenizer: `tokenizer`, `vocabulary`, `vocabulary_size` and `minimum_count` beside it are an error;
     `max_length`, `text_cleaning` and `image_processor` override what was saved.

@@ -222,10 +222,14 @@ def test_the_other_side_of_images_than_the_model_takes(regions, grid):
         call(**features)
         with pytest.raises(ValueError, match="this model sees regions: give region_features"):
             call(**pixels)
+        with pytest.raises(ValueError, match="this model sees regions: give region_features alone"):
+            call(**features, **pixels)
     for call in calls_with_images(grid, batch):
         call(**pixels)
         with pytest.raises(ValueError, match="this model sees pixels: give pixel_values"):
             call(**features)
+        with pytest.raises(ValueError, match="this model sees pixels: give pixel_values alone"):
+            call(**features, **pixels)
 
 
 def test_region_features_of_a_wrong_shape(regions):

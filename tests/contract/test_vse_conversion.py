@@ -7,6 +7,7 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -513,6 +514,13 @@ def test_torchvisions_networks_compute_the_same(groups, counters, tmp_path, caps
     with pytest.raises(SystemExit):
         from_vse.main(arguments)
     assert "give --backbone-source" in capsys.readouterr().err
+    for folder, reason in (
+        (tmp_path / "nowhere", "no inputs.safetensors"),
+        (GOLDEN / "vse/grid_wsl_bert", "CNN alone"),
+    ):
+        with pytest.raises(SystemExit):
+            from_vse.main([*arguments, "--backbone-source", "imagenet_resnext", "--check", str(folder)])
+        assert reason in capsys.readouterr().err and not (tmp_path / "ours").exists()
     from_vse.main([*arguments, "--backbone-source", "imagenet_resnext", "--check"])
     assert f"{sum(value.numel() for value in ours.parameters()):,}" in capsys.readouterr().out
     assert AutoImageProcessor.from_pretrained(tmp_path / "ours").channel_order == "rgb"
@@ -520,6 +528,16 @@ def test_torchvisions_networks_compute_the_same(groups, counters, tmp_path, caps
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     result = theirs(groups).load_state_dict(back, strict=False)
     assert result.missing_keys == ["fc.weight", "fc.bias"] and not result.unexpected_keys
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_score_of_numpy_beside_the_weights_is_a_number(zipped, tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"best_rsum": np.float64(3.5)}, path, _use_new_zipfile_serialization=zipped)
+    assert read_content(path) == {"best_rsum": 3.5} and type(read_content(path)["best_rsum"]) is float
+    torch.save({"best_rsum": np.zeros(2)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="numpy"):
+        read_content(path)
 
 
 def test_the_detectors_file(tmp_path):

@@ -6,6 +6,7 @@ import os
 import pickle
 import pickletools
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hf_vlp.data import pickles
+from hf_vlp.data import pickles, region_files
 from hf_vlp.data.pickles import UnsafeGlobalError, read_npy, read_pickle
 from hf_vlp.data.precomputed import PrecomputedSplit
 from hf_vlp.data.record import RecordError
@@ -331,6 +332,7 @@ def test_the_precomp_folder(tmp_path):
         ({"boxes": encoded(PIXELS * 2)}, "boxes", "outside the image"),
         ({"w": 0}, "width", "0' is no number of pixels"),
         ({"probs": None, "features": None}, "regions", "5 columns"),
+        ({"boxes": encoded(PIXELS * 1.1)}, "boxes", "outside the image.*--on-bad-record skip"),
     ],
 )
 def test_a_broken_line_is_named_by_position_and_id(tmp_path, changes, field, reason):
@@ -342,6 +344,50 @@ def test_a_broken_line_is_named_by_position_and_id(tmp_path, changes, field, rea
     assert caught.value.position == 1
     faults = []
     assert [one.image_id for one in read_regions(path, faults=faults)] == ["11"] and len(faults) == 1
+
+
+def test_a_header_line_is_told_as_such(tmp_path):
+    header = "image_id image_w image_h num_boxes boxes features cls_prob".split()
+    path = write_tsv(tmp_path / "a.tsv", [header, tsv_row("11")])
+    with pytest.raises(RecordError, match="record 0, .*has a header line, remove it"):
+        list(read_regions(path))
+    assert len(list(read_regions(write_tsv(tmp_path / "b.tsv", [tsv_row("11")])))) == 1
+
+
+def test_an_npz_that_unpacks_to_more_than_an_image_is_refused(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "11.npz", features=np.zeros((1000, 100), np.float32))
+    assert os.path.getsize(tmp_path / "11.npz") < 10_000 and len(list(read_regions(tmp_path / "11.npz"))) == 1
+    monkeypatch.setattr(region_files, "LARGEST_MEMBER", 400_000)
+    with pytest.raises(RecordError, match="features.npy unpacks to 400,128 bytes, more than 400,000"):
+        list(read_regions(tmp_path / "11.npz"))
+
+
+def test_an_h5_reads_no_other_file(tmp_path):
+    secret = h5_file(tmp_path / "secret.h5", features=FEATURES["11"])
+    (tmp_path / "raw").write_bytes(FEATURES["11"].tobytes())
+    layout = h5py.VirtualLayout((3, 6), np.float32)
+    layout[:] = h5py.VirtualSource(str(secret), "features", (3, 6))
+    for kind in ("link", "raw", "virtual"):
+        for place in ("11", "11/features", "features"):
+            path = tmp_path / f"{kind}.h5"
+            with h5py.File(path, "w") as file:
+                if kind == "link":
+                    file[place] = h5py.ExternalLink(str(secret), "features")
+                elif kind == "raw":
+                    file.create_dataset(place, (3, 6), "f4", external=[(str(tmp_path / "raw"), 0, 72)])
+                else:
+                    file.create_virtual_dataset(place, layout)
+                assert np.array_equal(file[place][:], FEATURES["11"])  # it would be read
+            with pytest.raises(ValueError, match="features lies in another file|11 lies in another file"):
+                list(read_regions(path))
+    with h5py.File(tmp_path / "round.h5", "w") as file:
+        file["g/elsewhere"] = h5py.ExternalLink(str(secret), "/")
+        file["features"] = h5py.SoftLink("/g/elsewhere/features")
+    with pytest.raises(ValueError, match="features lies in another file"):
+        list(read_regions(tmp_path / "round.h5"))
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        file["other"], file["11"] = FEATURES["11"], h5py.SoftLink("/other")
+    assert len(list(read_regions(tmp_path / "own.h5"))) == 2
 
 
 def test_broken_files_of_other_kinds(tmp_path):
@@ -530,11 +576,53 @@ def test_crafted_and_damaged_pickles_are_refused(data):
     assert before == pickles.HARMLESS and read_pickle(pickle.dumps(np.ones(2))).tolist() == [1, 1]
 
 
+def doubled(times):
+    """Protocol 2: a tuple of twice a tuple of twice ..., which takes two to the number of times to hash."""
+    return b"\x80\x02)" + b"2\x86" * times
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        doubled(60)[:2] + b"}" + doubled(60)[2:] + b"Ns.",  # as a key, one
+        doubled(60)[:2] + b"}(" + doubled(60)[2:] + b"Nu.",  # and among several
+        doubled(60)[:2] + b"(" + doubled(60)[2:] + b"Nd.",
+        b"\x80\x04\x8f(" + doubled(60)[2:] + b"\x90.",  # in a set
+        b"\x80\x04(" + doubled(60)[2:] + b"\x91.",
+        *(b"cbuiltins\n" + name + b"\n](" + doubled(60)[2:] + b"e\x85R." for name in (b"set", b"frozenset")),
+        b"ccollections\nOrderedDict\n](" + doubled(60)[2:] + b"N\x86e\x85R.",
+        b"ccollections\nOrderedDict\n)R}(" + doubled(60)[2:] + b"Nub.",  # a state
+        b"ccollections\nOrderedDict\n)R}(Vitems\nNub.",
+        b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n" + doubled(60)[2:] + b"\x85RC\x041234\x86R.",
+        b"c_codecs\nencode\nVx\n" + doubled(60)[2:] + b"\x86R.",
+        b"\x80\x05\x96" + (1 << 46).to_bytes(8, "little") + b"x.",  # bytes that are not there
+        b"}" + doubled(200_000)[2:] + b"Ns.",  # so deep that hashing would crash
+    ],
+)
+def test_a_pickle_that_would_take_for_ever_or_all_memory_is_refused(data):
+    with pytest.raises(pickle.UnpicklingError):
+        read_pickle(data)
+    assert read_pickle(pickle.dumps({1: {"a", b"b", None}, np.int64(2): 3.5})) == {1: {"a", b"b", None}, 2: 3.5}
+
+
+def test_a_pickle_takes_no_memory_for_references_it_only_tells_of():
+    tracemalloc.start()
+    assert read_pickle(b"\x80\x02K\x07r" + (1 << 27).to_bytes(4, "little") + b".") == 7
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20  # 1 GiB if each had its place
+
+
 def test_shared_containers_are_read_once():
-    value = [1]
-    for _ in range(40):
+    value, few = [1], None
+    for times in range(40):
+        few = value if times == 20 else few
         value = [value, value]  # two to the fortieth if each is read on its own
-    assert read_pickle(pickle.dumps(value))[0][1][0][0] is not None
+    read = read_pickle(pickle.dumps(few))
+    assert read[0] is read[1] and read[0][1][0][0] is not None
+    for bomb in (value, {"image_id": value}, {"features": nested_in_array(value)}):  # to be printed, or made an array
+        with pytest.raises(pickle.UnpicklingError, match="hold each other so often"):
+            read_pickle(pickle.dumps(bomb))
 
 
 def test_the_names_of_this_numpy_are_known():
@@ -618,6 +706,26 @@ def test_import_skips_bad_records_when_told_and_counts_them(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "1 bad records of 2" in printed and "record 1, field 'features'" in printed
     assert RegionStore(tmp_path / "a.regions").keys() == ["11"]
+
+
+def test_import_skips_what_a_store_refuses_and_counts_it(tmp_path, capsys):
+    wide = {"boxes": encoded(PIXELS), "features": encoded(np.ones((3, 7)))}
+    rows = [tsv_row("11"), tsv_row("11"), tsv_row("22", **wide), tsv_row("22", features=encoded(np.full((3, 6), 7e4)))]
+    path = write_tsv(tmp_path / "a.tsv", [*rows, tsv_row("22", n=4), tsv_row("22")])
+    command = ["import", str(path), "--output", str(tmp_path / "a.regions")]
+    assert main(command) == 1 and "another image has this id" in capsys.readouterr().err
+    assert main([*command, "--on-bad-record", "skip"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 bad records of 6" in printed and "another image" in printed and "7 wide" in printed
+    assert RegionStore(tmp_path / "a.regions").keys() == ["11", "22"]
+
+
+def test_numbered_rows_of_two_matrices_say_where_ids_go(tmp_path, capsys):
+    for split in ("train", "dev"):
+        np.save(tmp_path / f"{split}_ims.npy", np.ones((2, 3, 4), np.float32))
+    sources = [str(tmp_path / f"{split}_ims.npy") for split in ("train", "dev")]
+    assert main(["import", *sources, "--output", str(tmp_path / "a.regions")]) == 1
+    assert "image '0'" in (said := capsys.readouterr().err) and "_ids.txt" in said and "--ids" in said
 
 
 def test_the_table_of_kinds_is_what_the_command_offers(capsys):

@@ -65,7 +65,8 @@ def test_a_key_without_an_image_id_is_the_identity(store):
 @pytest.mark.parametrize(("key", "reason"), [("n7", "no such key"), (None, "None is no image id"), ("", "no such key")])
 def test_a_missing_key_names_the_record_or_is_skipped(store, key, reason):
     records = rows(regions=lambda i: key if i == 4 else f"n{i}")
-    with pytest.raises(RecordError, match=f"record 4, field 'regions': .*{reason}.*[a-z]\\. Repair or remove.*on_bad_record='skip'") as caught:
+    message = f"record 4, field 'regions': .*{reason}.*[a-z]\\. Repair or remove.*on_bad_record='skip'"
+    with pytest.raises(RecordError, match=message) as caught:
         [ImageTextPairs(records, regions=store)[index] for index in range(6)]
     assert caught.value.position == 4
     pairs = ImageTextPairs(records, regions=store, on_bad_record="skip")

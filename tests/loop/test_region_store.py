@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hf_vlp.inputs.region_feature_extractor import VlpRegionFeatureExtractor
-from hf_vlp.inputs.region_store import HEADER_BYTES, RegionStore, store_key, write_region_store
+from hf_vlp.inputs.region_store import HEADER_BYTES, INDEX, RegionStore, _checksum, store_key, write_region_store
 from hf_vlp.inputs.regions import RegionError, RegionFeatures
 
 
@@ -112,6 +112,17 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path, regions, message):
     assert (largest.read(2).features == -65504).all()
 
 
+def test_what_cannot_be_written_is_left_out_when_told(tmp_path):
+    large = np.full((3, 8), 65505.0)
+    regions = [image(9, features=large), image(1), image("1"), image(2, width=9), image(3, boxes=None), image(None)]
+    faults = []
+    store = write_region_store(tmp_path / "a", [*regions, image(4, features=large), image(9), image(2)], faults=faults)
+    assert store.keys() == ["1", "9", "2"] and same(store.read(2), image(2))  # a refused id is free for a good image
+    assert [fault.field for fault in faults] == ["features", "image_id", "features", "boxes", "image_id", "features"]
+    with pytest.raises(ValueError, match="no regions to write"):
+        write_region_store(tmp_path / "b", regions[:1], faults=[])
+
+
 def test_values_that_went_bad_after_they_were_made_are_found(tmp_path):
     bad = image(5)
     bad.features[2, 1] = np.nan
@@ -184,6 +195,54 @@ def test_damage_is_found(path, tmp_path):
     store = RegionStore(tmp_path / "record")  # opening reads no features
     with pytest.raises(RegionError, match="image 'cat.jpg', field 'features'.*do not have their checksum"):
         store.verify()
+
+
+def forged(path, header=(), **columns):
+    """The store with other numbers in header and index, and the checksum of these."""
+    content = path.read_bytes()
+    told = json.loads(content[:HEADER_BYTES])
+    index, place, images = bytearray(content[told["index_start"] :]), 0, told["images"]
+    for name, dtype in INDEX.items():
+        values = np.frombuffer(index, dtype, images, place)
+        for row, value in columns.get(name, {}).items():
+            values[row] = value
+        place += values.nbytes
+    told |= dict(header)
+    told["checksum"] = _checksum(told, bytes(index))
+    path.write_bytes(json.dumps(told).encode().ljust(HEADER_BYTES) + content[HEADER_BYTES : -len(index)] + index)
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"start": {1: -(1 << 44)}},
+        {"start": {1: -64}},
+        {"start": {0: 0}},
+        {"start": {0: HEADER_BYTES + 1}},
+        {"start": {3: 1 << 44}},
+        {"start": {2: (1 << 63) - 64}},
+        {"count": {1: 0}},
+        {"count": {1: -1}},
+        {"count": {3: 1000}},
+        {"count": {3: (1 << 31) - 1}},
+        {"key_end": {0: 0}},
+        {"key_end": {1: 1}},
+        {"key_end": {1: 1000}},
+        {"key_end": {3: 14}},
+        {"key_end": {0: -5}},
+        {"header": {"feature_size": 0}},
+        {"header": {"feature_size": -8}},
+        {"header": {"feature_size": 1 << 62}},
+        {"header": {"feature_size": 1 << 80}},
+        {"header": {"class_size": -1}},
+        {"header": {"class_size": 400}},
+    ],
+)
+def test_a_store_forged_with_its_checksum_reads_nothing_outside_the_file(path, changes):
+    assert same(RegionStore(forged(path)).read(7), IMAGES[0])
+    with pytest.raises(ValueError, match="a.regions is damaged: its index"):
+        RegionStore(forged(path, **changes))
 
 
 class Reads(torch.utils.data.Dataset):

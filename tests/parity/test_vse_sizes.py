@@ -3,15 +3,18 @@
 import argparse
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import BertConfig, BertModel
 
+from conversion.from_vse import read_original
 from tests.parity.harness import run
 
 OPTIONS = {"margin": 0.3, "embed_size": 24, "max_violation": True, "no_txtnorm": False, "grad_clip": 2.0}
@@ -190,18 +193,21 @@ class Reference:
         save_file(outputs, folder / "outputs.safetensors")
         (folder / "grads.json").write_text(json.dumps(gradients))
 
-    def write_steps_case(self, folder, groups: list[dict], alphas: list, draws: list, **config) -> None:
-        """As many steps as `alphas`; `groups`: of AdamW."""
+    def write_steps_case(
+        self, folder, groups: list[dict], alphas: list, draws: list, sgd: dict | None = None, **config
+    ) -> None:
+        """As many steps as `alphas`; `groups`: of AdamW, or of SGD with the options `sgd`."""
         stated = [
             {"lr": group["lr"], "weight_decay": group["weight_decay"], "n_tensors": len(group["params"])}
-            | {"betas": [0.9, 0.999], "eps": 1e-8}
+            | ({"betas": [0.9, 0.999], "eps": 1e-8} if sgd is None else sgd)
             for group in groups
         ]
         factors = [1.0] * len(alphas)
         self.write(folder, lr_factor_before_step=factors, warmup_alpha_per_step=alphas, param_groups=stated, **config)
         for part in (self.image, self.text):
             part.train()
-        optimizer, parameters = torch.optim.AdamW(groups), self.named()
+        optimizer = torch.optim.AdamW(groups) if sgd is None else torch.optim.SGD(groups, **sgd)
+        parameters = self.named()
         losses, norms = [], []
         for alpha, pair in zip(alphas, draws):
             loss = self.loss(self.embeddings(pair)["scores"], self.options["max_violation"])
@@ -304,6 +310,7 @@ def test_steps_of_a_grid_with_bigru(hardest, tmp_path):
     case = run("vse", "train_step_bigru", tmp_path)
     assert not failures(case)
     stored = json.loads((tmp_path / "params_after.json").read_text())
+    stored["img_enc.module.backbone.top.0.0.bn1.bias"] = stored["img_enc.module.backbone.resnet.layer4.0.bn1.bias"]
     stored["txt_enc.module.embed.weight"][0] *= 1.001
     (tmp_path / "params_after.json").write_text(json.dumps(stored))
     assert len(failures(run("vse", "train_step_bigru", tmp_path))) == 1
@@ -321,9 +328,53 @@ def test_steps_of_regions_with_bigru_decay_more(decay, tmp_path):
     assert [name.split()[1] for name in failures(case)][:1] == ([] if decay == 0.01 else ["param_groups"])
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_steps_of_a_grid_with_sgd(nesterov, tmp_path):
+    reference = grid("bert", caffe=False, groups=2)
+    reference.options["optim"] = "sgd"
+    draws = with_draws(reference, steps=3)
+    cnn, head, text = reference.image.backbone, reference.image.image_encoder, reference.text
+    rate, bert = reference.options["learning_rate"], list(text.bert.parameters())
+    rest = [value for name, value in text.named_parameters() if not name.startswith("bert.")]
+    trained = [*cnn.top.parameters(), *cnn.base.parameters()]
+    parts = [(rest, 1.0, 0.0), (bert, 0.1, 0.0), (trained, TRAINED_CNN, 1e-4), (list(head.parameters()), 1.0, 0.0)]
+    groups = [{"params": part, "lr": rate * factor, "weight_decay": decay} for part, factor, decay in parts]
+    momentum = {"momentum": 0.9, "nesterov": nesterov}
+    reference.write_steps_case(tmp_path, groups, [None] * 3, list(zip(*draws)), momentum, bert=BERT)
+    failed = failures(run("vse", "train_step_grid", tmp_path))
+    assert any("param_groups" in line for line in failed) == (not nesterov)
+    assert nesterov == (not failed)
+
+
 def test_another_optimizer_is_not_run(tmp_path):
     reference = region_bigru()
     reference.options["optim"] = "sgd"
     groups = [{"params": list(reference.text.parameters()), "lr": 5e-4, "weight_decay": 0.01}]
     reference.write_steps_case(tmp_path, groups, [None], [None])
     assert any("opt.optim is 'sgd'" in line for line in failures(run("vse", "train_step_bigru", tmp_path)))
+
+
+def copied(case: str, folder) -> Path:
+    return Path(shutil.copytree(Path(__file__).parents[1] / "golden" / "vse" / case, folder / case))
+
+
+@pytest.mark.parametrize(("stated", "factor"), [("lr_initial", 1.0), ("lr_now", 1.0), ("lr_now", 3.0)])
+def test_groups_with_one_rate_state_the_first_or_the_last(stated, factor, tmp_path):
+    folder = copied("train_step_region", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for group in config["param_groups"]:
+        group["lr"] = group[stated] * factor
+        del group["lr_initial"], group["lr_now"]
+    (folder / "config.json").write_text(json.dumps(config))
+    failed = failures(run("vse", "train_step_region", folder))
+    assert len(failed) == (factor != 1.0) and all("param_groups" in line for line in failed)
+
+
+@pytest.mark.parametrize(("shift", "fits"), [(1e-3, True), (1e-2, False)])
+def test_a_parameter_without_gradient_may_wander_as_far_as_its_steps(shift, fits, tmp_path):
+    folder = copied("train_step_region", tmp_path)
+    name = "img_enc.mlp.layers.0.bias"
+    outputs = load_file(folder / "outputs.safetensors")
+    outputs[f"after.{name}"] = read_original(folder / "checkpoint.pth").state[name] + shift
+    save_file(outputs, folder / "outputs.safetensors")
+    assert (not failures(run("vse", "train_step_region", folder))) == fits

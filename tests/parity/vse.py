@@ -10,10 +10,10 @@ from tests.parity.vse_evaluation import eval_metrics
 from tests.parity.vse_inputs import caption_processing_bert, caption_processing_bigru, image_processing
 from tests.parity.vse_model import gpo, losses, model
 from tests.parity.vse_regions import region_dataset
-from tests.parity.vse_training import train_step
+from tests.parity.vse_training import AFTER_BOUND, train_step
 
 MODEL = Kind(model, (("*.gpool.linear", at_least(2e-5, 0)), ("*", at_least(2e-5, 4e-6))), gradient_floor=1e-5)
-TRAIN_STEP = Kind(train_step, (("after.*", at_least(5e-5, 0)), ("*", at_least(0, 1e-4))))
+TRAIN_STEP = Kind(train_step, (("after.*", at_least(AFTER_BOUND, 0)), ("*", at_least(0, 1e-4))))
 CAPTION_INPUTS = {
     f"{file}: *: {name}": "an input"
     for file in ("eval.json", "train.json")

@@ -44,7 +44,8 @@ def caption_processing_bigru(case: Case) -> None:
     tokenizer = VlpWordTokenizer.from_vocabulary_json(case.path("vocab.json"))
     size(case, "vocab_size_with_mask", tokenizer)
     if "train_caps.txt" in case.files:
-        lines = case.path("train_caps.txt").read_text("utf-8").split("\n")  # splitlines also cuts at U+2028 and its like
+        # splitlines also cuts at U+2028 and its like
+        lines = case.path("train_caps.txt").read_text("utf-8").split("\n")
         captions = [line.strip() for line in (lines if lines[-1] else lines[:-1])]
         trained = train_word_tokenizer(captions, case.config.get("threshold", 4))
         words = [

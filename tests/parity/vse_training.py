@@ -62,11 +62,11 @@ def train_step(case: Case) -> None:
             values[name] = after(checkpoint, name.removeprefix(AFTER), ours)
         groups = zip(optimizer.param_groups, initial, strict=True)
         rates = {name.removeprefix("vse."): rate for group, rate in groups for name in group["names"]}
-        for name in [name for name in values if noise(case, checkpoint, name.removeprefix(AFTER), rates)]:
-            difference = (values[name] - case.outputs[name]).abs().max().item()
-            bound = AFTER_BOUND + noise(case, checkpoint, name.removeprefix(AFTER), rates)
-            case.settle(name, difference <= bound, difference, bound)
-            del values[name]
+        for name in [name for name in values if name.startswith(AFTER)]:
+            each = noise(case, checkpoint, name.removeprefix(AFTER), rates)
+            if each and values[name].shape == case.outputs[name].shape:
+                difference = (values.pop(name) - case.outputs[name]).abs().max().item()
+                case.settle(name, difference <= AFTER_BOUND + each, difference, AFTER_BOUND + each)
         case.compare(values, label)
         if "params_after.json" in case.files:
             compare_parameters(case, checkpoint, ours, rates)

@@ -302,7 +302,7 @@ class VlpVseModel(VlpVsePreTrainedModel):
         """
         if self.vision_model is None:
             if pixel_values is not None:
-                raise ValueError("this model sees regions and was given pixel_values (pixels need a model with a vision_config)")
+                raise ValueError("this model sees regions: give region_features alone (pixels need a model with a vision_config)")
             return self.encode_regions(region_features, region_mask)
         if pixel_values is None or region_features is not None:
             raise ValueError("this model sees pixels: give pixel_values alone (regions need a model whose vision_config is None)")
