@@ -130,9 +130,13 @@ def build_processor(recipe: Recipe, config, records):
     cleaning = {} if chosen.text_cleaning is None else {"text_cleaning": chosen.text_cleaning}
     row = TABLE[config.model_type]
     if recipe.data.regions is None and config.vision_config is None:
-        raise RecipeError("data.regions is required: this model sees regions; name a region store, or give it a vision_config")
+        raise RecipeError(
+            "data.regions is required: this model sees regions; name a region store, or give it a vision_config"
+        )
     if recipe.data.regions is not None and config.vision_config is not None:
-        raise RecipeError(f"data.regions = {recipe.data.regions!r}: this model sees pixels (its vision_config is set); leave it out")
+        raise RecipeError(
+            f"data.regions = {recipe.data.regions!r}: this model sees pixels (its vision_config is set); leave it out"
+        )
     if cleaning and "text_cleaning" not in inspect.signature(resolve(row.processor)).parameters:
         raise RecipeError(
             f"processor.text_cleaning = {chosen.text_cleaning!r}: the processor of {config.model_type} cleans no text; leave it out"

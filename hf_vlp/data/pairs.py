@@ -278,5 +278,6 @@ def _without_pictures(records: Any) -> Sequence[Mapping[str, Any]]:
     else:
         rows = [{key: value for key, value in row.items() if key != "image"} for row in records]
     return [
-        row if "image_id" in row else {**row, "image_id": row.get("regions", position)} for position, row in enumerate(rows)
+        row if "image_id" in row else {**row, "image_id": row.get("regions", position)}
+        for position, row in enumerate(rows)
     ]

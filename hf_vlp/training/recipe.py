@@ -279,7 +279,9 @@ class Recipe:
                 "training.final = best needs data.validation to choose by; the test split must not choose"
             )
         if self.processor.image_processor and self.data.regions is not None:
-            raise RecipeError("processor.image_processor is for pictures, and data.regions takes their place: leave one of the two out")
+            raise RecipeError(
+                "processor.image_processor is for pictures, and data.regions takes their place: leave one of the two out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

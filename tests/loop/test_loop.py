@@ -312,3 +312,22 @@ def test_cached_and_plain_gradients_of_clip_are_the_same(accelerator):
         found[name] = gradients(accelerator, model, plain_step, [whole])[1]
         assert largest_difference(found[name], gradients(accelerator, model, choose_step(4, 1), [whole])[1]) < 2e-5
     assert largest_difference(*found.values()) > 1e-3
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_batch_key_that_the_model_does_not_know_is_refused_by_either_step(accelerator, chunk):
+    from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining
+    from hf_vlp.models.vse.modeling_vse import VlpVseForPreTraining
+    from tests.contract.rows import END, REGION, gru_config, pair_config, vse_config
+
+    ids = torch.cat([torch.randint(3, 30, (4, 5)), torch.full((4, 1), END)], dim=1)
+    texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_ids": torch.arange(4)}
+    clip, vse = VlpClipForPreTraining(pair_config()()), VlpVseForPreTraining(vse_config(gru_config)())
+    for model, image in (
+        (clip, {"pixel_values": torch.randn(4, 3, 32, 32)}),
+        (vse, {"region_features": torch.randn(4, 3, REGION)}),
+    ):
+        step = choose_step(chunk, 1)
+        assert torch.isfinite(step(accelerator, model, [texts | image])["loss"])
+        with pytest.raises(TypeError, match="token_type_ids"):
+            step(accelerator, model, [texts | image | {"token_type_ids": torch.zeros_like(ids)}])

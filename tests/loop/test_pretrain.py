@@ -227,7 +227,14 @@ def vse(pretrain):
             "optimizer": {"lr": 0.01, "decay": "all"},
             "schedule": {"name": "constant"},
             "ramps": ramps | frozen,
-            "training": {"steps": 6, "batch_size": 6, "evaluate_every": 3, "save_every": 2, "clip_norm": 2.0, "threads": 1},
+            "training": {
+                "steps": 6,
+                "batch_size": 6,
+                "evaluate_every": 3,
+                "save_every": 2,
+                "clip_norm": 2.0,
+                "threads": 1,
+            },
         }
         for section, values in changes.items():
             recipe[section] = recipe[section] | values
@@ -284,7 +291,9 @@ def test_regions_without_pictures_from_a_folder_of_precomputed_features(vse, pre
         Path("precomp").mkdir(exist_ok=True)
         np.save(f"precomp/{split}_ims.npy", np.array([np.full((3, 5), i, np.float32) for i in numbers]))
         Path(f"precomp/{split}_ids.txt").write_text("".join(f"{100 + i}\n" for i in numbers))
-        captions = [f"a {COLOURS[i]} square, {word}" for i in numbers for word in ("one", "two", "three", "four", "five")]
+        captions = [
+            f"a {COLOURS[i]} square, {word}" for i in numbers for word in ("one", "two", "three", "four", "five")
+        ]
         Path(f"precomp/{split}_caps.txt").write_text("\n".join(captions) + "\n")
     sources = ["precomp/train_ims.npy", "precomp/dev_ims.npy"]
     assert import_main(["import", *sources, "--output", "precomp.regions"]) == 0
@@ -332,9 +341,18 @@ def test_towers_start_from_saved_encoders(vse):
 @pytest.mark.parametrize(
     ("towers", "message"),
     [
-        ({"audio_model": "bert"}, "model.towers.audio_model = 'bert': .*no tower 'audio_model'; it has text_model, vision_model"),
-        ({"text_model": "grid"}, "model.towers.text_model = 'grid': .*VlpVseGridModel given as text_model does not fill a"),
-        ({"text_model": "larger"}, r"model.towers.text_model = 'larger': .*other sizes than .*word_embeddings.weight.*\[52"),
+        (
+            {"audio_model": "bert"},
+            "model.towers.audio_model = 'bert': .*no tower 'audio_model'; it has text_model, vision_model",
+        ),
+        (
+            {"text_model": "grid"},
+            "model.towers.text_model = 'grid': .*VlpVseGridModel given as text_model does not fill a",
+        ),
+        (
+            {"text_model": "larger"},
+            r"model.towers.text_model = 'larger': .*other sizes than .*word_embeddings.weight.*\[52",
+        ),
         ({"vision_model": "no/such/folder"}, "model.towers.vision_model = 'no/such/folder': "),
     ],
 )
@@ -348,18 +366,46 @@ def test_a_tower_that_does_not_fit_is_one_line(vse, towers, message):
 @pytest.mark.parametrize(
     ("kind", "words", "message"),
     [
-        ("grid-gru", ["--data.regions", "squares.regions", "--augmentation", "{}"], "data.regions = .*this model sees pixels"),
-        ("region-bert", ["--data.regions", "null", "--data.size_augmentation.regions", "0"], "data.regions is required: .*regions"),
-        ("region-bert", ["--data.regions", "absent.regions"], "data.regions = .*there is no region store at absent.regions"),
+        (
+            "grid-gru",
+            ["--data.regions", "squares.regions", "--augmentation", "{}"],
+            "data.regions = .*this model sees pixels",
+        ),
+        (
+            "region-bert",
+            ["--data.regions", "null", "--data.size_augmentation.regions", "0"],
+            "data.regions is required: .*regions",
+        ),
+        (
+            "region-bert",
+            ["--data.regions", "absent.regions"],
+            "data.regions = .*there is no region store at absent.regions",
+        ),
         ("region-bert", ["--data.regions", "squares.jsonl"], "data.regions = 'squares.jsonl': squares.jsonl"),
         ("region-bert", ["--model.config.region_size", "6"], "features are 5 wide, and model.config.region_size is 6"),
         ("region-bert", ["--grid", "0.2"], "data.size_augmentation.grid: this model pools no grid"),
         ("region-bert", ["--image_processor", "{do_rescale: false}"], "processor.image_processor is for pictures"),
-        ("grid-gru", ["--text_cleaning", "none"], "processor.text_cleaning = 'none': the processor of vlp_vse cleans no text"),
-        ("grid-gru", ["--vocabulary", "byte_pairs", "--minimum_count", "null", "--vocabulary_size", "600"], "augmentation.captions"),
+        (
+            "grid-gru",
+            ["--text_cleaning", "none"],
+            "processor.text_cleaning = 'none': the processor of vlp_vse cleans no text",
+        ),
+        (
+            "grid-gru",
+            ["--vocabulary", "byte_pairs", "--minimum_count", "null", "--vocabulary_size", "600"],
+            "augmentation.captions",
+        ),
         ("grid-gru", ["--ramps.frozen_stages.values", "[4, 0]"], r"ramps.frozen_stages: .*the tower has 2 stage"),
-        ("grid-gru", ["--ramps.hardest", "{at: [0], values: [1]}"], "ramps.hardest: .*the nearest is 'hardest_negatives'"),
-        ("region-bert", ["--ramps.frozen_stages", "{at: [0], values: [1]}"], "ramps.frozen_stages: VlpVseForPreTraining has"),
+        (
+            "grid-gru",
+            ["--ramps.hardest", "{at: [0], values: [1]}"],
+            "ramps.hardest: .*the nearest is 'hardest_negatives'",
+        ),
+        (
+            "region-bert",
+            ["--ramps.frozen_stages", "{at: [0], values: [1]}"],
+            "ramps.frozen_stages: VlpVseForPreTraining has",
+        ),
     ],
 )
 def test_bad_settings_of_vse_are_one_line_and_leave_nothing(vse, kind, words, message):
@@ -393,8 +439,35 @@ def test_captions_are_as_long_as_the_tokenizer_and_the_model_allow(vse, pretrain
     assert limit("region-bert", "--max_length", "12") == 12
     assert limit("grid-gru") > 10**6  # a BiGRU reads on and on
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "square", *COLOURS]
-    BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, model_max_length=90).save_pretrained("bert")
+    BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, model_max_length=90).save_pretrained(
+        "bert"
+    )
     config = {"text_config": BERT | {"max_position_embeddings": 200}}
-    given = {"processor": {"tokenizer": "bert", "vocabulary": None, "vocabulary_size": None}, "model": {"config": config}}
+    given = {
+        "processor": {"tokenizer": "bert", "vocabulary": None, "vocabulary_size": None},
+        "model": {"config": config},
+    }
     given["model"]["config"] = KINDS["region-bert"][0] | {"projection_dim": 8} | config
     assert limit("region-bert", **given) == 90  # the tokenizer's own
+
+
+def test_a_saved_model_of_regions_goes_on_with_another_store(vse, pretrain):
+    vse("region-bert", "--steps", "2")
+    other = [RegionFeatures(np.full((2, 5), -i, np.float32), image_id=name) for i, name in enumerate(COLOURS)]
+    write_region_store("other.regions", other)
+    recipe = yaml.safe_load(Path("vse.yaml").read_text())
+    recipe |= {"model": {"from_pretrained": "runs/vse"}, "processor": {}}
+    recipe["data"]["regions"] = "other.regions"
+    Path("again.yaml").write_text(yaml.safe_dump(recipe))
+    pretrain("--config", "again.yaml", "--steps", "2")
+    from transformers import AutoProcessor
+
+    first, again = (AutoProcessor.from_pretrained(f"runs/{name}") for name in ("vse", "again"))
+    assert (first.feature_extractor.region_store, again.feature_extractor.region_store) == (
+        "squares.regions",
+        "other.regions",
+    )
+    assert first.tokenizer.get_vocab() == again.tokenizer.get_vocab()
+    assert again(regions=["cyan"])["region_features"].tolist() == [[[-11.0] * 5] * 2]
+    with pytest.raises(SystemExit, match="features are 5 wide, and model.config.region_size is 7"):
+        pretrain("--config", "again.yaml", "--output", "x", "--model.config.region_size", "7")

@@ -153,7 +153,9 @@ def test_without_a_gradient_adamw_still_decays(accelerator, factor):
 
 def test_a_ramp_or_value_that_the_model_does_not_have(accelerator):
     batches, gru = stream(accelerator, Progress()), vse_config(gru_config)()
-    with pytest.raises(RecipeError, match="ramps.dail: Dialled has loss_factor, dial, frozen_stages; the nearest is 'dial'"):
+    with pytest.raises(
+        RecipeError, match="ramps.dail: Dialled has loss_factor, dial, frozen_stages; the nearest is 'dial'"
+    ):
         ramped(plain_step, {"dail": ramp([0], [1])}, Dialled(), batches)
     with pytest.raises(RecipeError, match="ramps.hardest_negatives: ToyTwoTower has loss_factor; the nearest is"):
         ramped(plain_step, {"hardest_negatives": ramp([0], [1])}, ToyTwoTower(), batches)

@@ -71,7 +71,11 @@ def test_an_unknown_word_on_the_command_line(recipe_file):
         ("training", {"batch_size": "many"}, "training.batch_size = 'many': expected int, got str"),
         ("training", {"batch_size": 2.5}, "training.batch_size = 2.5: expected int, got float"),
         ("training", {"channels_last": 1}, "training.channels_last = 1: expected bool, got int"),
-        ("training", {"mixed_precision": "fp8"}, "training.mixed_precision = 'fp8': expected one of no, bf16, fp16, auto"),
+        (
+            "training",
+            {"mixed_precision": "fp8"},
+            "training.mixed_precision = 'fp8': expected one of no, bf16, fp16, auto",
+        ),
         ("training", {"batch_size": 0}, "training.batch_size = 0: expected at least 2"),
         ("training", {"clip_norm": 0}, "training.clip_norm = 0.0: expected more than 0"),
         ("training", {"clip_norm": -1}, "training.clip_norm = -1.0: expected more than 0"),
@@ -85,34 +89,78 @@ def test_an_unknown_word_on_the_command_line(recipe_file):
         ("optimizer", {"lr_factors": {"x": "y"}}, "optimizer.lr_factors.x = 'y': expected float"),
         ("data", {"extra_text": "keywords"}, "data.extra_text = 'keywords': expected a section with keys columns"),
         ("data", {"train": None}, "data.train = None: expected str"),
-        ("model", {"model_type": None, "from_pretrained": "x", "towers": {"text_model": "y"}}, "model.towers: .*leave one"),
+        (
+            "model",
+            {"model_type": None, "from_pretrained": "x", "towers": {"text_model": "y"}},
+            "model.towers: .*leave one",
+        ),
         ("model", {"towers": {"text_model": 3}}, "model.towers.text_model = 3: expected str, got int"),
-        ("processor", {"vocabulary": "letters"}, "vocabulary = 'letters': expected one of byte_pairs, word_pieces, words"),
+        (
+            "processor",
+            {"vocabulary": "letters"},
+            "vocabulary = 'letters': expected one of byte_pairs, word_pieces, words",
+        ),
         ("processor", {"minimum_count": 2}, "processor.minimum_count: only a vocabulary of words counts them"),
         ("processor", {"minimum_count": 0, "vocabulary": "words"}, "processor.minimum_count = 0: expected at least 1"),
         ("processor", {"vocabulary_size": 0}, "processor.vocabulary_size = 0: expected at least 1"),
-        ("data", {"size_augmentation": {"regions": 0.2}}, "size_augmentation.regions: .*no regions without data.regions"),
-        ("data", {"size_augmentation": {"captions": 1}}, "data.size_augmentation.captions = 1.0: expected a share from 0 to"),
+        (
+            "data",
+            {"size_augmentation": {"regions": 0.2}},
+            "size_augmentation.regions: .*no regions without data.regions",
+        ),
+        (
+            "data",
+            {"size_augmentation": {"captions": 1}},
+            "data.size_augmentation.captions = 1.0: expected a share from 0 to",
+        ),
         ("data", {"size_augmentation": {"grid": -0.1}}, "data.size_augmentation.grid = -0.1: expected a share"),
         ("data", {"size_augmentation": {"grid": float("nan")}}, "data.size_augmentation.grid = nan: expected a share"),
         ("data", {"size_augmentation": {"cells": 0.1}}, "'data.size_augmentation.cells' .*nearest valid key is"),
-        ("data", {"regions": "x.regions", "cache": True}, "data.cache is for pictures, and data.regions takes their place"),
+        (
+            "data",
+            {"regions": "x.regions", "cache": True},
+            "data.cache is for pictures, and data.regions takes their place",
+        ),
         ("data", {"regions": "x.regions", "augmentation": {"name": "x"}}, "data.augmentation is for pictures"),
         ("optimizer", {"decay": "norms"}, "optimizer.decay = 'norms': expected one of matrices, all"),
-        ("schedule", {"name": "step"}, r"schedule.milestones = \[\]: expected parts of the run .* with schedule.name = step"),
-        ("schedule", {"name": "step", "milestones": [15]}, r"schedule.milestones = \[15.0\]: expected parts of the run"),
+        (
+            "schedule",
+            {"name": "step"},
+            r"schedule.milestones = \[\]: expected parts of the run .* with schedule.name = step",
+        ),
+        (
+            "schedule",
+            {"name": "step", "milestones": [15]},
+            r"schedule.milestones = \[15.0\]: expected parts of the run",
+        ),
         ("schedule", {"name": "step", "milestones": [0.5, 1]}, r"schedule.milestones = \[0.5, 1.0\]: expected parts"),
         ("schedule", {"milestones": [0.5]}, "expected parts of the run .*, and none with another"),
         ("schedule", {"name": "step", "milestones": [0.5], "gamma": -1}, "schedule.gamma = -1.0: expected at least 0"),
-        ("ramps", {"dial": {"at": [0], "values": [1, 2]}}, r"ramps: at = \[0.0\] and values = \[1.0, 2.0\]: expected as many"),
-        ("ramps", {"dial": {"at": [], "values": []}}, "ramps: at = .*expected as many rising places, from 0 on, as values"),
+        (
+            "ramps",
+            {"dial": {"at": [0], "values": [1, 2]}},
+            r"ramps: at = \[0.0\] and values = \[1.0, 2.0\]: expected as many",
+        ),
+        (
+            "ramps",
+            {"dial": {"at": [], "values": []}},
+            "ramps: at = .*expected as many rising places, from 0 on, as values",
+        ),
         ("ramps", {"dial": {"at": [2, 1], "values": [0, 1]}}, r"ramps: at = \[2.0, 1.0\].*rising places"),
         ("ramps", {"dial": {"at": [-1, 1], "values": [0, 1]}}, r"ramps: at = \[-1.0, 1.0\].*from 0 on"),
         ("ramps", {"dial": {"at": [0, float("nan")], "values": [0, 1]}}, r"ramps: at = \[0.0, nan\].*rising places"),
         ("ramps", {"dial": {"at": [0], "values": ["x"]}}, r"ramps.dial.values\[0\] = 'x': expected float, got str"),
         ("ramps", {"dial": {"values": [1]}}, "ramps.dial.at is required"),
-        ("ramps", {"dial": {"at": [0], "values": [1], "unit": "batches"}}, "ramps.dial.unit = 'batches': expected one of steps"),
-        ("ramps", {"dial": {"at": [0], "values": [1], "shape": "cubic"}}, "ramps.dial.shape = 'cubic': expected one of step,"),
+        (
+            "ramps",
+            {"dial": {"at": [0], "values": [1], "unit": "batches"}},
+            "ramps.dial.unit = 'batches': expected one of steps",
+        ),
+        (
+            "ramps",
+            {"dial": {"at": [0], "values": [1], "shape": "cubic"}},
+            "ramps.dial.shape = 'cubic': expected one of step,",
+        ),
         ("ramps", {"dial": {"at": [0], "values": [1], "form": "step"}}, "'ramps.dial.form' in the section ramps.dial"),
         ("ramps", {"dial": 3}, "ramps.dial = 3: expected a section with keys at, values, unit, shape"),
     ],
@@ -126,7 +174,9 @@ def test_pictures_options_are_not_given_beside_regions(recipe_file):
     options, regions = {"image_processor": {"do_rescale": False}}, {"regions": "x.regions"}
     assert load_recipe(recipe_file(processor=options)).processor.image_processor == {"do_rescale": False}
     assert load_recipe(recipe_file(data=regions)).data.regions == "x.regions"
-    with pytest.raises(RecipeError, match="processor.image_processor is for pictures, and data.regions takes their place"):
+    with pytest.raises(
+        RecipeError, match="processor.image_processor is for pictures, and data.regions takes their place"
+    ):
         load_recipe(recipe_file(processor=options, data=regions))
 
 

@@ -211,7 +211,9 @@ def test_karpathy_split_file(tmp_path):
     # a model that sees regions needs no pictures, and is given those that are there
     bare = read_records(path, split="train", image_root=tmp_path / "val2014", required=("captions",))
     assert bare.column_names == ["captions", "image_id", "filename"] and list(bare["image_id"]) == ["900", "901"]
-    streamed = read_records(path, split="train", image_root=tmp_path / "val2014", required=("captions",), streaming=True)
+    streamed = read_records(
+        path, split="train", image_root=tmp_path / "val2014", required=("captions",), streaming=True
+    )
     assert [row["captions"] for row in streamed] == [["a", "b"], ["c"]]
     assert read_records(path, split="test", required=("captions",))[0]["image"].getpixel((0, 0)) == (2, 0, 0)
     with pytest.raises(FileNotFoundError, match="image_root"):
@@ -251,9 +253,16 @@ def test_rows_of_one_regions_key_are_of_one_image(tmp_path, streaming):
         options = {"required": ("captions",), "streaming": streaming, "columns": columns}
         return [row["image_id"] for row in read_records(tmp_path / "rows.jsonl", **options)]
 
-    assert ids([{"caption": "a", "regions": 7}, {"caption": "b", "regions": 0}, {"caption": "c", "regions": 7}]) == [7, 0, 7]
+    assert ids([{"caption": "a", "regions": 7}, {"caption": "b", "regions": 0}, {"caption": "c", "regions": 7}]) == [
+        7,
+        0,
+        7,
+    ]
     assert ids([{"caption": "a", "key": "x"}, {"caption": "b", "key": "x"}], regions="key") == ["x", "x"]
-    assert ids([{"caption": "a", "regions": "x", "image_id": 3}, {"caption": "b", "regions": "x", "image_id": 4}]) == [3, 4]
+    assert ids([{"caption": "a", "regions": "x", "image_id": 3}, {"caption": "b", "regions": "x", "image_id": 4}]) == [
+        3,
+        4,
+    ]
     # without keys, or with lists of something else under that name, rows are images of their own
     assert ids([{"caption": "a"}, {"caption": "b"}]) == [0, 1]
     assert ids([{"caption": "a", "regions": [1, 2]}, {"caption": "b", "regions": [1, 2]}]) == [0, 1]

@@ -152,7 +152,8 @@ def test_grid_masks_come_with_pictures():
             return {"pixel_values": torch.stack(images).float()}
 
     items = [
-        {"image": torch.full((3, 4, 4), i, dtype=torch.uint8), "text": "a", "image_id": i, "draw": 7 + i} for i in range(8)
+        {"image": torch.full((3, 4, 4), i, dtype=torch.uint8), "text": "a", "image_id": i, "draw": 7 + i}
+        for i in range(8)
     ]
     assert "grid_mask" not in PairCollator(Pictures())(items)
     collator = PairCollator(Pictures(), draw_cells=GridDropping(9, 0.5))

@@ -24,7 +24,11 @@ PICTURES = {"coco": 113_287, "f30k": 29_000}
 EPOCHS, ONE = 125, 5  # ours, and how many of them show as many captions as one of the original's 25
 # Published counts, of what is used: without BERT's pooler, the CNN's classifier and a batch norm that is never called.
 POOLER, CLASSIFIER, UNUSED_NORM = 768 * 768 + 768, 2_049_000, 2 * 1024
-IMAGE_SIDE = {"butd_region": 3_688_352 - UNUSED_NORM, "butd_grid": 46_660_040 - CLASSIFIER, "wsl_grid": 90_902_216 - CLASSIFIER}
+IMAGE_SIDE = {
+    "butd_region": 3_688_352 - UNUSED_NORM,
+    "butd_grid": 46_660_040 - CLASSIFIER,
+    "wsl_grid": 90_902_216 - CLASSIFIER,
+}
 TEXT_SIDE = {"bert": 110_282_400 - POOLER, "bigru": 8_159_648 + 300 * 11_354}
 
 

@@ -71,7 +71,10 @@ def frozen_steps(accelerator: Accelerator, chunk: int | None) -> dict[str, torch
     accelerator.ddp_handler = None
     draw = torch.Generator().manual_seed(1)
     pairs = [
-        {"pixel_values": torch.randn(3, 32, 32, generator=draw), "input_ids": torch.randint(3, 30, (5,), generator=draw)}
+        {
+            "pixel_values": torch.randn(3, 32, 32, generator=draw),
+            "input_ids": torch.randint(3, 30, (5,), generator=draw),
+        }
         for _ in range(12)
     ]
     batches = BatchStream(
