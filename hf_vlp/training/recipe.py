@@ -216,7 +216,7 @@ class TrainingRecipe:
     processes does not change the run; a step takes `accumulation` such batches.
 
     `threads`: of the arithmetic on a CPU, a process; null = the cores shared evenly (`accelerate launch` alone would give one).
-    `mixed_precision`: "auto" is bf16 where the device is quick in it, else no; a CPU without AVX-512 is ten times slower in it.
+    `mixed_precision`: "auto" is bf16 where the device is quick in it, else no; a CPU without AVX-512 is several times slower in it.
     `cached_chunk_size`: pairs (a process) per forward of the cached contrastive step; null = the plain step.
     `evaluate_every`, `save_every`: steps; null = only at the start and the end, and only at the end. `best_metric`: the
     validation metric (higher is better) that marks the best checkpoint; `final`: which one becomes the saved model.
