@@ -19,9 +19,11 @@ import safetensors.torch
 import torch
 
 from conversion.torchscript import (
+    LIGHTNING,
     HarmlessUnpickler,
     UnsafeGlobalError,
     is_torchscript,
+    named_only,
     read_pickle_of,
     read_torchscript,
 )
@@ -42,6 +44,7 @@ FOLDER_FILES = (
 LEGACY_MAGIC = (
     0x1950A86A20F9469CFC6C  # first pickle of a torch.save file before the zip layout (torch/serialization.py)
 )
+MOST_NAMED = 100  # classes of Lightning that a file may name; each takes another reading
 LONGEST_SAFETENSORS_HEADER = 100_000_000  # bytes; limit of the safetensors format
 DOWNLOAD_AGAIN = "download the file again and compare its size or SHA-256 with the source"
 # Names that only one family of checkpoints has: for saying what a file is that a converter refuses.
@@ -105,6 +108,9 @@ def read_checkpoint(path, sha256: str | None = None) -> dict[str, torch.Tensor]:
 
 def read_content(path, sha256: str | None = None):
     """All that a weight file holds: tensors on the CPU, numbers, texts, plain containers and `argparse.Namespace`s.
+
+    A class of Lightning that a file names without calling it, as the states of callbacks are kept under their classes, comes as an empty
+    class that stands for it; nothing is imported.
 
     Args:
         path: a file. sha256: as for `read_checkpoint`.
@@ -290,18 +296,33 @@ def _numpy_number(kind: _NumpyType, data: bytes) -> int | float | bool:
 
 def _torch_load(path: Path, **options):
     # Training scripts keep their command line beside the weights; a Namespace only holds attributes. Their scores may be numbers of
-    # numpy, for which functions of ours stand in.
+    # numpy, for which functions of ours stand in. Lightning keeps the states of callbacks under their classes: empty classes stand in,
+    # which refuse to be called, so that a file that calls one is refused as any other.
     numbers = [(_numpy_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     known = [argparse.Namespace, (_NumpyType, "numpy.dtype"), *numbers]
-    with torch.serialization.safe_globals(known), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    named: dict[str, type] = {}
+    while True:
+        stand_ins = [(stand_in, name) for name, stand_in in named.items()]
+        try:
+            with torch.serialization.safe_globals([*known, *stand_ins]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True, **options)
+        except pickle.UnpicklingError as error:
+            name = _asked_for(error) or ""
+            if not name.startswith(LIGHTNING) or name in named or len(named) == MOST_NAMED:
+                raise
+            named[name] = named_only(name)
+
+
+def _asked_for(error: Exception) -> str | None:
+    """The class or function that a refusal names."""
+    asked = re.search(r"(?:GLOBAL|class|global) ([A-Za-z_][\w.]*\w) (?:was|whose)", str(error))
+    return asked and asked[1]
 
 
 def _refused(path: Path, error: Exception) -> CheckpointError:
-    asked = re.search(r"(?:GLOBAL|class|global) ([A-Za-z_][\w.]*\w) (?:was|whose)", str(error))
-    if asked:
-        return UnsafeCheckpointError(path, asked[1])
+    if asked := _asked_for(error):
+        return UnsafeCheckpointError(path, asked)
     reason = str(error).split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].strip().rstrip(".")
     return CheckpointError(path, f"not a readable state dict ({reason})", DOWNLOAD_AGAIN)
 

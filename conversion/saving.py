@@ -45,13 +45,15 @@ def fill(model_class: type, config, state: Mapping[str, torch.Tensor], dtype: to
     return model.eval()
 
 
-def check_saved(folder: Path, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> int:
-    """Load a saved folder by AutoModel and compare it with our state dict, bit by bit; gives the number of tensors.
+def check_saved(
+    folder: Path, state: Mapping[str, torch.Tensor], dtype: torch.dtype, model_class: type = AutoModel
+) -> int:
+    """Load a saved folder by `model_class` and compare it with our state dict, bit by bit; gives the number of tensors.
 
     Raises:
         ConversionError: a tensor is missing or differs.
     """
-    saved = AutoModel.from_pretrained(folder, dtype=dtype).state_dict()
+    saved = model_class.from_pretrained(folder, dtype=dtype).state_dict()
     wanted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     wrong = [name for name in saved if name not in wanted or not torch.equal(wanted[name], saved[name])]
     if wrong:
@@ -116,14 +118,16 @@ def save(
     summary: str,
     compare: Callable[[Path], Mapping[str, float]],
     remedy: str = "--vocabulary",
+    model_class: type = AutoModel,
 ) -> None:
     """Write the folder that the command line names, with its card; print what was converted and what was checked.
 
     Args:
         options: parsed by `command_line`.
-        state: our state dict, under the names of the class that AutoModel gives. processor: None leaves it out.
+        state: our state dict, under the names of `model_class`. processor: None leaves it out.
         compare: largest differences of a forward to the stored outputs of the folder it is given.
         remedy: the options that would give a processor, where there is none.
+        model_class: that the check loads the folder with; without one, the class that AutoModel gives.
     """
     with whole_folder(options.output, options.overwrite) as folder:
         model.save_pretrained(folder)
@@ -131,7 +135,7 @@ def save(
             processor.save_pretrained(folder)
         write_card(folder, repo_id=options.push_to_hub or str(options.output))
         if options.check is not None:
-            count = check_saved(folder, state, getattr(torch, options.dtype))
+            count = check_saved(folder, state, getattr(torch, options.dtype), model_class)
             print(f"check        {count} tensors equal the checkpoint's, largest difference 0")
     print(summary)
     missing = "" if processor else f", without a processor: give {remedy}"

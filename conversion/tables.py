@@ -71,6 +71,37 @@ class Split(Row):
         return torch.cat(list(parts), self.dim)
 
 
+class Cut(Row):
+    """One tensor of the original whose first rows are one of ours and the others a second one.
+
+    rows: of the first.
+    """
+
+    def __init__(self, original: str, first: str, second: str, rows: int):
+        super().__init__(original, first, second)
+        self.rows = rows
+
+    def cut(self, value):
+        if len(value) <= self.rows:
+            raise ConversionError(f"shape {tuple(value.shape)} has no more than {self.rows} rows")
+        return [value[: self.rows].clone(), value[self.rows :].clone()]
+
+    def join(self, parts):
+        return torch.cat(list(parts))
+
+
+class Unbatched(Row):
+    """A table [1, N, D] that is ours as [N, D]."""
+
+    def cut(self, value):
+        if value.ndim != 3 or len(value) != 1:
+            raise ConversionError(f"a tensor of shape {tuple(value.shape)} is no table with one leading axis")
+        return [value[0].clone()]
+
+    def join(self, parts):
+        return parts[0].unsqueeze(0)
+
+
 class Drop(Row):
     """An entry of the original that ours does without, and why. Absent after `revert`."""
 

@@ -4,11 +4,14 @@
 
     python -m conversion.to_original vse-coco-region --output model_best.pth
 
+    python -m conversion.to_original vilt-b32 --output vilt_200k_mlm_itm.ckpt
+
 Layouts of CLIP: `original`, a plain state dict for the released code, `clip.model.build_model(torch.load(FILE))` (its
 `clip.load` cannot read plain state dicts with recent torch, whatever wrote them); `open_clip`, the same without the entries
 that tell sizes; `transformers`, a folder for `CLIPModel`, with tokenizer and image processor if the folder has them.
 VSE-infinity has the layout `original` alone: the dictionary that its training script saves, in the file format that also the old
-torch reads which it is pinned to; of a CNN alone the file that it starts a grid model from.
+torch reads which it is pinned to; of a CNN alone the file that it starts a grid model from. ViLT has `original`, the file that the released
+code takes for `load_path` or `test_only`, in the same file format, and `transformers`, a folder for the class of the same task.
 """
 
 import argparse
@@ -24,12 +27,17 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPTokenizer,
+    ViltImageProcessor,
+    ViltProcessor,
 )
 
 from conversion.checkpoints import CheckpointError, read_checkpoint, save_content, save_state_dict
 from conversion.clip_layouts import clip_table, config_to_transformers, half_layout, infer_config
 from conversion.preprocessing import SAME_FIELDS
 from conversion.tables import ConversionError, refuse_difference, refuse_shapes, revert
+from conversion.vilt_layouts import longest_edge, untold_sizes
+from conversion.vilt_layouts import to_checkpoint as to_vilt_checkpoint
+from conversion.vilt_layouts import to_transformers as to_transformers_vilt
 from conversion.vse_layouts import (
     BERT_WIDTH,
     GRAPHS_OF_SOURCES,
@@ -41,9 +49,10 @@ from conversion.vse_layouts import (
 )
 from hf_vlp.files import whole_folder
 from hf_vlp.models.clip.configuration_clip import VlpClipConfig
+from hf_vlp.models.vilt.configuration_vilt import VlpViltConfig
 from hf_vlp.models.vse.configuration_vse import VlpVseConfig, VlpVseGridConfig
 
-Config = VlpClipConfig | VlpVseConfig | VlpVseGridConfig
+Config = VlpClipConfig | VlpVseConfig | VlpVseGridConfig | VlpViltConfig
 
 # Settings that change no embedding: ids beside the pooled one, and what only training uses.
 WITHOUT_EFFECT = {
@@ -58,7 +67,8 @@ WITHOUT_EFFECT = {
 
 
 def read_folder(folder) -> tuple[Config, dict[str, torch.Tensor]]:
-    """Configuration and state dict, under the names of the class that AutoModel gives, of a folder that `save_pretrained` wrote.
+    """Configuration and state dict of a folder that `save_pretrained` wrote: of ViLT under the names of the class that was saved, of the
+    others under those of the class that AutoModel gives.
 
     Raises:
         CheckpointError, ConversionError: no weights, or no model of an architecture that has a table.
@@ -68,7 +78,7 @@ def read_folder(folder) -> tuple[Config, dict[str, torch.Tensor]]:
         raise ConversionError(f"{folder} has no config.json: give a folder that save_pretrained or a converter wrote")
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, Config):
-        known = ", ".join(known.model_type for known in (VlpClipConfig, VlpVseConfig, VlpVseGridConfig))
+        known = ", ".join(known.model_type for known in (VlpClipConfig, VlpVseConfig, VlpVseGridConfig, VlpViltConfig))
         raise ConversionError(f"{folder} holds a {config.model_type} model; this script knows {known}")
     # the names of a ForPreTraining stand behind the model's
     prefix = {"vlp_clip": "clip.", "vlp_vse": "vse."}.get(config.model_type, "")
@@ -103,6 +113,34 @@ def save_vse(folder: Path, output: Path, config, state, backbone_source: str | N
         backbone_source = usual_source(config.vision_config, channel_order(folder))
     save_content(to_checkpoint(config, state, backbone_source), output, overwrite)
     return differences
+
+
+def save_vilt(folder: Path, output: Path, config, state, layout: str, half: bool, overwrite: bool) -> list[str]:
+    """Write a ViLT of ours as the released code or transformers would; returns what its reader has to be told.
+
+    Raises:
+        ConversionError: see `to_checkpoint` and `to_transformers` of `vilt_layouts`.
+    """
+    if layout == "original":
+        save_content(to_vilt_checkpoint(config, state), output, overwrite)
+        return untold_sizes(config)
+    kind, theirs, state, told = to_transformers_vilt(config, state)
+    dtype = torch.float16 if half else next(tensor.dtype for tensor in state.values() if tensor.ndim == 2)
+    model = kind.from_pretrained(None, config=theirs, state_dict=dict(state), dtype=dtype)
+    with whole_folder(output, overwrite) as partial:
+        model.save_pretrained(partial)
+        if (folder / "tokenizer_config.json").exists():
+            ours = AutoProcessor.from_pretrained(folder)
+            images = ours.image_processor
+            fields = {
+                name: getattr(images, name) for name in (*SAME_FIELDS, "size_divisor", "do_pad") if "crop" not in name
+            }
+            taken = longest_edge(images.size.shortest_edge)  # whatever the size says
+            if images.size.longest_edge not in (None, taken):
+                told.append(f"size.longest_edge {images.size.longest_edge}, it takes {taken}")
+            fields["size"] = {"shortest_edge": images.size.shortest_edge}
+            ViltProcessor(ViltImageProcessor(**fields), ours.tokenizer).save_pretrained(partial)
+    return told
 
 
 def to_state_dict(
@@ -217,10 +255,19 @@ def main(arguments: list[str] | None = None) -> None:
 def run(options: argparse.Namespace) -> list[str]:
     """Write as the parsed command line says; returns what the file does not tell its reader."""
     folder, output = options.folder, options.output
+    config, state = read_folder(folder)
+    if isinstance(config, VlpViltConfig):
+        if options.layout == "open_clip" or (
+            options.layout == "original" and (options.half or output.suffix == ".safetensors")
+        ):
+            raise ConversionError(
+                "ViLT has the layout original, a .ckpt file in the precision of the folder, and the layout transformers; leave other "
+                "--layout and --half out"
+            )
+        return save_vilt(folder, output, config, state, options.layout, options.half, options.overwrite)
     if options.layout == "transformers":
         save_transformers(folder, output, options.half, options.overwrite)
         return []
-    config, state = read_folder(folder)
     if not isinstance(config, VlpClipConfig):
         if options.layout != "original" or options.half or output.suffix == ".safetensors":
             raise ConversionError(

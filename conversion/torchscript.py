@@ -36,6 +36,22 @@ class ScriptObject:
         self.attributes = dict(state) if isinstance(state, dict) else {"state": state}
 
 
+LIGHTNING = "pytorch_lightning."  # its checkpoints have the classes of their callbacks as keys
+
+
+class NamedOnly:
+    """What stands in for a class that a pickle may name but not make an object of."""
+
+    def __new__(cls, *_):
+        # in the words of torch's own refusals, which say what was asked for
+        raise pickle.UnpicklingError(f"class {cls.__qualname__} whose objects no state dict needs")
+
+
+def named_only(qualified: str) -> type:
+    """A new `NamedOnly` of that name: one for each file, as a pickle may alter what it has been given."""
+    return type("NamedOnly", (NamedOnly,), {"__qualname__": qualified})
+
+
 # Storage classes are only asked for their element type, so the type stands in for the class.
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -77,6 +93,8 @@ HARMLESS = {
 class HarmlessUnpickler(pickle.Unpickler):
     """Builds numbers, strings, containers, tensors and inert bags; any other name raises UnsafeGlobalError.
 
+    A class of Lightning comes as a `NamedOnly`.
+
     Args:
         file: the pickle.
         read_storage: key -> bytes of that storage; None where the pickle has no business with storages.
@@ -102,6 +120,8 @@ class HarmlessUnpickler(pickle.Unpickler):
             if qualified not in self.script_classes:
                 self.script_classes[qualified] = type("ScriptObject", (ScriptObject,), {"qualified_name": qualified})
             return self.script_classes[qualified]
+        if module.startswith(LIGHTNING):
+            return named_only(f"{module}.{name}")
         raise UnsafeGlobalError(f"{module}.{name}")
 
     def persistent_load(self, pid):

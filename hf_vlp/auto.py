@@ -79,6 +79,22 @@ TABLE = {
         feature_extractor=".inputs.region_feature_extractor:VlpRegionFeatureExtractor",
         tokenizer=".inputs.word_tokenizer:VlpWordTokenizer",
     ),
+    "vlp_vilt": Row(
+        "vilt.configuration_vilt:VlpViltConfig",
+        {
+            "AutoModel": "vilt.modeling_vilt:VlpViltModel",
+            "AutoModelForPreTraining": "vilt.modeling_vilt:VlpViltForPreTraining",
+            "AutoModelForMaskedLM": "vilt.tasks_vilt:VlpViltForMaskedLM",
+            "AutoModelForImageTextRetrieval": "vilt.tasks_vilt:VlpViltForImageTextRetrieval",
+            "AutoModelForVisualQuestionAnswering": "vilt.tasks_vilt:VlpViltForVisualQuestionAnswering",
+            "AutoModelForVisualReasoning": "vilt.tasks_vilt:VlpViltForVisualReasoning",
+        },
+        processor="vilt.processing_vilt:VlpViltProcessor",
+        image_processors={
+            "torchvision": "vilt.image_processing_vilt:VlpViltImageProcessor",
+            "pil": "vilt.image_processing_vilt:VlpViltImageProcessorPil",
+        },
+    ),
 }
 
 OWN_AUTO_CLASSES = (

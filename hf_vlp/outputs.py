@@ -29,9 +29,35 @@ class PreTrainingOutput(ModelOutput):
 
     loss: scalar, the weighted sum of `losses`; losses: the named terms before weighting, float32 scalars.
     image_embeds, text_embeds: [B, E], unit length, where the architecture has them.
+    correct, counts: of each term that predicts classes, how many predictions were right and how many there were, int64 scalars; a term
+        of which a batch has nothing to predict is 0 and counts 0.
     """
 
     loss: torch.Tensor | None = None
     losses: dict[str, torch.Tensor] | None = None
     image_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
+    correct: dict[str, torch.Tensor] | None = None
+    counts: dict[str, torch.Tensor] | None = None
+
+
+@dataclass
+class FusionOutput(ModelOutput):
+    """What a model returns that reads words and image together, for B pairs.
+
+    last_hidden_state: [B, L + 1 + P, D], words, then the image's class token, then its patches; text_hidden_states [B, L, D] and
+    image_hidden_states [B, 1 + P, D] are its parts. pooler_output: [B, D].
+    image_mask: [B, 1 + P], 1 at the class token and at real patches. patch_index: [B, P], which patch of the grid each one is, counted
+    row by row. patch_grid: (h, w), patches along the height and the width of the canvas; these two are None where the image was given
+    encoded.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    text_hidden_states: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | None = None
+    image_mask: torch.Tensor | None = None
+    patch_index: torch.Tensor | None = None
+    patch_grid: tuple[int, int] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None

@@ -42,7 +42,8 @@ def read_karpathy(
     Args:
         json_path: the split file.
         image_root: folder that holds the pictures, with the sub-folders that the file names.
-        split: must be chosen: `train`, `val`, `test` (or `restval`).
+        split: must be chosen: `train`, `val`, `test` (or `restval`); or several, e.g. `train+val`, on which ViLT is fine-tuned for
+            Flickr30k, while it is chosen on `test`.
         restval: COCO's 30,504 pictures marked restval join `train`, as all published results have it.
         captions_per_image: keep the first so many captions. The COCO 5K protocol scores 5 (25,000 in all), while some
             pictures have 6 or 7.
@@ -55,18 +56,21 @@ def read_karpathy(
     """
     from datasets import Dataset, Features, Image, List, Value
 
-    with open(json_path, encoding="utf-8") as file:
-        content = json.load(file)
+    try:
+        content = json.loads(Path(json_path).read_text("utf-8"))
+    except ValueError as error:
+        raise RecordError(None, "images", f"{json_path} is not JSON ({error})", "Repair the file.") from None
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise RecordError(None, "images", f"{json_path} holds no list of that name", "Give a Karpathy split file.")
     root = Path(image_root)
-    wanted = {"train", "restval"} if split == "train" and restval else {split}
+    wanted = set((split or "").split("+"))
+    joining = {"restval"} if "train" in wanted and restval else set()
     rows: dict[str, list] = {"image": [], "captions": [], "image_id": [], "filename": []}
     for position, entry in enumerate(content["images"]):
         missing = [field for field in ("filename", "split", "sentences") if field not in entry]
         if missing:
             raise RecordError(position, missing[0], "the entry has no such field", "Give a Karpathy split file.")
-        if entry["split"] not in wanted:
+        if entry["split"] not in wanted | joining:
             continue
         captions = [sentence["raw"].strip() for sentence in entry["sentences"]][:captions_per_image]
         if len(captions) < (captions_per_image or 1):
@@ -76,8 +80,8 @@ def read_karpathy(
         rows["captions"].append(captions)
         rows["image_id"].append(str(entry.get("cocoid", entry.get("imgid", position))))
         rows["filename"].append(entry["filename"])
-    if not rows["image"]:
-        counts = Counter(entry["split"] for entry in content["images"])
+    counts = Counter(entry["split"] for entry in content["images"])
+    if not wanted <= counts.keys():
         raise ValueError(f"{json_path} has no split {split!r}. It has: {dict(counts)}. Choose one.")
     features = {"image": Image(), "captions": List(Value("string"))}
     if not Path(rows["image"][0]).is_file():

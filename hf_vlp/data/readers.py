@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_vlp.data.arrow_tables import ArrowRecords, read_arrow_tables, tables_of
 from hf_vlp.data.karpathy import is_karpathy, read_karpathy
+from hf_vlp.data.nlvr2 import is_nlvr2, read_nlvr2
 from hf_vlp.data.precomputed import PrecomputedSplit
 from hf_vlp.data.record import RecordError, decode_image
+from hf_vlp.data.vqav2 import is_vqav2, read_vqav2
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -46,7 +49,7 @@ def read_records(
     image_root: str | os.PathLike | None = None,
     required: Sequence[str] = ("image", "captions"),
     streaming: bool = False,
-) -> "Dataset | IterableDataset":
+) -> "Dataset | IterableDataset | ArrowRecords":
     """Read records.
 
     Args:
@@ -54,8 +57,11 @@ def read_records(
             folder (pictures with or without a `metadata.jsonl/.csv/.parquet` that has a `file_name` column; or data
             files; or what `Dataset.save_to_disk` wrote), or the id of a data set on the Hub. A .json file with
             Karpathy's splits of COCO or Flickr30k is read by `read_karpathy`, pictures from `image_root`; a folder with the
-            `<split>_caps.txt` and `<split>_ims.npy` of SCAN and VSE-infinity by `PrecomputedSplit`, which gives `regions`, not `image`.
-        split: split to read; needed only where the source has several. In a folder, a sub-folder of that name counts.
+            `<split>_caps.txt` and `<split>_ims.npy` of SCAN and VSE-infinity by `PrecomputedSplit`, which gives `regions`, not `image`;
+            VQA v2's files of questions, or their folder, by `read_vqav2`; NLVR2's .json files by `read_nlvr2`, both with pictures from
+            `image_root`; .arrow files, or a folder of them, by `read_arrow_tables`.
+        split: split to read; needed only where the source has several. In a folder, a sub-folder of that name counts. Karpathy's
+            splits, VQA v2's and tables can be joined, e.g. `train+val`.
         columns: what to find where, e.g. `{"captions": ["caption", "alt"], "image": "file", "image_id": "id"}`; a
             caption column holds a text or a list of texts, several are joined. Other keys rename. What is not named is
             looked for under the usual names.
@@ -76,13 +82,18 @@ def read_records(
         FileNotFoundError: no such file.
         ValueError: unknown kind of file, or a split that must be chosen.
     """
-    if isinstance(source, str | os.PathLike) and Path(source).is_file() and is_karpathy(source):
-        folder = Path(image_root) if image_root is not None else Path(source).parent
-        dataset = read_karpathy(source, folder, split, pictures="image" in required)
-        dataset = dataset.to_iterable_dataset() if streaming else dataset
-    else:
+    files = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(file) for file in source]
+    if _holds_tables(files):
+        return _open_tables(files, split, columns, required, streaming)
+    folder = files[0] if files and files[0].is_dir() else files[0].parent if files else Path()
+    root = Path(image_root) if image_root is not None else folder
+    dataset = _open_official(files, root, split, {"image", "images"} & set(required) != set())
+    if dataset is None:
         dataset, folder = _open(source, split, streaming)
-    return arrange(dataset, columns or {}, Path(image_root) if image_root is not None else folder, required)
+        root = Path(image_root) if image_root is not None else folder
+    elif streaming:
+        dataset = dataset.to_iterable_dataset()
+    return arrange(dataset, columns or {}, root, required)
 
 
 def parse_columns(items: Sequence[str]) -> dict[str, list[str]]:
@@ -98,6 +109,56 @@ def parse_columns(items: Sequence[str]) -> dict[str, list[str]]:
             raise ValueError(f"'{item}' does not map a column. Write FIELD=COLUMN, e.g. captions=caption,alt.")
         result[field] = names.split(",")
     return result
+
+
+def _holds_tables(files: list[Path]) -> bool:
+    if len(files) == 1 and files[0].is_dir():
+        saved = any((files[0] / name).is_file() for name in ("state.json", "dataset_dict.json"))  # by `datasets`
+        return not saved and any(files[0].glob("*.arrow"))
+    return bool(files) and all(file.suffix.lower() == ".arrow" for file in files)
+
+
+def _open_tables(
+    files: list[Path], split: str | None, columns, required: Sequence[str], streaming: bool
+) -> ArrowRecords:
+    if columns or streaming:
+        raise ValueError(
+            "tables are read row by row and with the fields they have: give neither columns nor streaming."
+        )
+    if files[0].is_dir():
+        files = tables_of(files[0], split)
+    elif split is not None:
+        raise ValueError(
+            f"{files[0]} is one table, split={split!r} was asked for. Give that split's file or the folder."
+        )
+    elif len(files) == 1 and glob.has_magic(str(files[0])):
+        files = [Path(name) for name in sorted(glob.glob(str(files[0])))]
+    records = read_arrow_tables(files)
+    if not len(records):
+        raise RecordError(None, "file", f"{', '.join(map(str, files))} hold no row", "Give another split.")
+    for field in required:
+        if field not in records.column_names:
+            raise missing_column(field, records.column_names)
+    return records
+
+
+def _open_official(files: list[Path], root: Path, split: str | None, pictures: bool) -> "Dataset | None":
+    """The records of files that a task or a split is published in; None of other files."""
+    from datasets import concatenate_datasets
+
+    if len(files) == 1 and files[0].exists() and is_vqav2(files[0]):
+        return read_vqav2(files[0], root, split, pictures=pictures)
+    if not files or not all(file.is_file() for file in files):
+        return None
+    if len(files) == 1 and is_karpathy(files[0]):
+        return read_karpathy(files[0], root, split, pictures=pictures)
+    if all(is_nlvr2(file) for file in files):
+        if split is not None:
+            raise ValueError(
+                f"{files[0]} is one file without splits, split={split!r} was asked for. Give that split's file."
+            )
+        return concatenate_datasets([read_nlvr2(file, root, pictures=pictures) for file in files])
+    return None
 
 
 def _open(source, split: str | None, streaming: bool) -> tuple[Any, Path]:
@@ -287,6 +348,9 @@ def arrange(dataset, columns: Mapping[str, str | Sequence[str]], folder: Path, r
             result["image_id"] = result.get("image_id", position if key in (None, "") else key)
             if image is not None:
                 result["image"] = decode_image(rooted(path or "") if is_path else row[image], position)
+            if row.get("images"):
+                pictures = [rooted(one) if isinstance(one, str) else one for one in row["images"]]
+                result["images"] = [decode_image(one, position, "images") for one in pictures]
             return result
 
         return dataset.map(row_of_record, with_indices=True)
@@ -310,6 +374,11 @@ def arrange(dataset, columns: Mapping[str, str | Sequence[str]], folder: Path, r
     if is_path:
         paths = [rooted(path or "") for path in dataset["image"]]
         dataset = dataset.remove_columns("image").add_column("image", paths)
+    if "images" in dataset.column_names:  # of tasks with several pictures a row
+        if _is_text(getattr(dataset.features["images"], "feature", None)):
+            paths = [[rooted(path or "") for path in row or ()] for row in dataset["images"]]
+            dataset = dataset.remove_columns("images").add_column("images", paths)
+        dataset = dataset.cast_column("images", List(stored)).cast_column("images", List(Image()))
     return dataset if image is None else dataset.cast_column("image", stored).cast_column("image", Image())
 
 

@@ -22,6 +22,8 @@ MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 # Resizing the shorter side to 224 makes a picture of 1 x 10,000 pixels one of 224 x 2,240,000: 1.5 GB.
 MAX_ASPECT_RATIO = 200
 
+BAD_ROW = "Repair or remove the row, or skip such rows with on_bad_record='skip'."
+
 
 class RecordError(ValueError):
     """A record, or a whole file of them, that cannot be used.
@@ -72,10 +74,9 @@ def decode_image(value: Any, position: int | None = None, field: str = "image") 
     Raises:
         RecordError: no picture, no such file, not decodable, of zero or absurd size.
     """
-    remedy = "Repair or remove the row, or skip such rows with on_bad_record='skip'."
 
     def bad(reason: str) -> RecordError:
-        return RecordError(position, field, reason, remedy)
+        return RecordError(position, field, reason, BAD_ROW)
 
     name, image = "the stored picture", None
     if isinstance(value, Mapping):

@@ -29,10 +29,11 @@ def bad_records(
         progress: show a bar.
     """
     if hasattr(records, "cast_column"):
-        from datasets import Image
+        from datasets import Image, List
 
-        for field in set(IMAGE_FIELDS[:1]) & set(records.column_names):
-            records = records.cast_column(field, Image(decode=False))
+        stored = Image(decode=False)
+        for field in set(IMAGE_FIELDS) & set(records.column_names):
+            records = records.cast_column(field, stored if field == IMAGE_FIELDS[0] else List(stored))
 
     def fault(position: int) -> RecordError | None:
         try:

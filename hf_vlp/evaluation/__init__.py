@@ -1,1 +1,1 @@
-"""Measures of a model that is handed in: retrieval, zero-shot classification, linear probe."""
+"""Measures of a model that is handed in: retrieval, downstream tasks, zero-shot classification, linear probe."""

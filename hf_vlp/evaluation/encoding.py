@@ -79,25 +79,38 @@ def encode(
     context = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
     rows, bar = [], tqdm(total=len(mine), desc=name, disable=not progress or rank() != 0, leave=False)
     with torch.no_grad(), context, bar:
-        for inputs in _ahead(prepare, batches):
+        for inputs in ahead(prepare, batches):
             output = forward(**{key: value.to(device, non_blocking=True) for key, value in inputs.items()})
             if not isinstance(output, torch.Tensor):
                 # transformers' own models wrap the features, and their forward makes them unit length before comparing
                 output = torch.nn.functional.normalize(output.pooler_output.float(), dim=-1)
             rows.append(output.float().cpu())
             bar.update(len(output))
-    if parts == 1:
-        return in_place(torch.cat(rows), torch.tensor(mine), count)
+    return from_all_processes(torch.cat(rows) if rows else torch.zeros(0, 0), mine, count, device)
 
+
+def from_all_processes(rows: torch.Tensor, mine: Sequence[int], count: int, device: torch.device) -> torch.Tensor:
+    """The rows of `count` examples, put together from the parts of all processes.
+
+    Args:
+        rows: [n, E] float32 on the CPU, of this process; [0, 0] where it has none.
+        mine: n positions, of which `shard` gives every process a part.
+
+    Returns:
+        [count, E] on the CPU, the same on every process.
+    """
+    parts = world_size()
+    if parts == 1:
+        return in_place(rows, torch.tensor(mine), count)
     # every process sends the same number of rows; a process without any learns the width from the others
     most = -(-count // parts)
-    width = gather_without_gradient(torch.tensor([rows[0].shape[1] if rows else 0], device=device)).max()
-    features = torch.zeros(most, int(width), device=device)
+    width = gather_without_gradient(torch.tensor([rows.shape[1]], device=device)).max()
+    sent = torch.zeros(most, int(width), device=device)
     positions = torch.full((most,), -1, device=device)
-    if rows:
-        features[: len(mine)] = torch.cat(rows).to(device)
+    if len(rows):
+        sent[: len(mine)] = rows.to(device)
         positions[: len(mine)] = torch.tensor(mine, device=device)
-    return in_place(gather_without_gradient(features).cpu(), gather_without_gradient(positions).cpu(), count)
+    return in_place(gather_without_gradient(sent).cpu(), gather_without_gradient(positions).cpu(), count)
 
 
 def encode_images(
@@ -135,9 +148,10 @@ def image_inputs(processor: Any, records: Any, rows: Sequence[int]) -> dict[str,
     """What a model is handed for the images of some rows.
 
     Args:
-        processor: `processor(images=...)` gives `pixel_values` [B, 3, H, W]; where it has a `feature_extractor`,
-            `processor(regions=...)` gives `region_features` [B, R, F] and `region_mask` [B, R] from the rows' keys.
-        records: rows with `image`, or with `regions` or `image_id`.
+        processor: `processor(images=...)` gives `pixel_values` [B, 3, H, W] and, where sizes are mixed, `pixel_mask`
+            [B, H, W], or [B, 2, ...] of rows of two pictures; where it has a `feature_extractor`, `processor(regions=...)`
+            gives `region_features` [B, R, F] and `region_mask` [B, R] from the rows' keys.
+        records: rows with `image`, with `images` (two), or with `regions` or `image_id`.
         rows: B positions.
 
     Raises:
@@ -146,7 +160,14 @@ def image_inputs(processor: Any, records: Any, rows: Sequence[int]) -> dict[str,
     if takes_regions(processor):
         return dict(processor(regions=region_keys(records, rows), return_tensors="pt"))
     pictures = [picture_of(records, row) for row in rows]
-    return {"pixel_values": processor(images=pictures, return_tensors="pt")["pixel_values"]}
+    batch = processor(images=pictures, return_tensors="pt")
+    return {name: batch[name] for name in ("pixel_values", "pixel_mask") if name in batch}
+
+
+def text_inputs(processor: Any, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """What a model is handed for B texts: `input_ids` and `attention_mask` [B, L], as long as the longest."""
+    batch = processor(text=list(texts), return_tensors="pt", padding=True)
+    return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
 
 
 def region_keys(records: Any, rows: Sequence[int]) -> list:
@@ -170,8 +191,8 @@ def region_keys(records: Any, rows: Sequence[int]) -> list:
 
 def without_pictures(records: Any) -> Any:
     """The same rows, and reading one decodes no picture."""
-    pictures = "image" in getattr(records, "column_names", ())
-    return records.remove_columns("image") if pictures else records
+    pictures = [name for name in ("image", "images") if name in getattr(records, "column_names", ())]
+    return records.remove_columns(pictures) if pictures else records
 
 
 def encode_texts(model: Any, processor: Any, texts: Sequence[str], **options) -> torch.Tensor:
@@ -188,8 +209,7 @@ def encode_texts(model: Any, processor: Any, texts: Sequence[str], **options) ->
     """
 
     def prepare(rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        batch = processor(text=[texts[row] for row in rows], return_tensors="pt", padding=True)
-        return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        return text_inputs(processor, [texts[row] for row in rows])
 
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     options = {"name": "texts", "order": order, **options}
@@ -201,13 +221,15 @@ class PictureError(ValueError):
 
 
 def picture_of(records: Any, row: int) -> Any:
-    """The decoded picture of a row.
+    """The decoded picture of a row, or the list of its two where it has `images`.
 
     Raises:
-        PictureError: there is none, or it does not decode, with the row's position.
+        PictureError: there is none, or not two, or it does not decode, with the row's position.
     """
     try:
-        picture = records[row].get("image")
+        record = records[row]
+        column = "image" if "image" in record else "images"
+        picture = record.get(column)
     except PictureError:
         raise
     except (OSError, ValueError, SyntaxError) as error:  # PIL.UnidentifiedImageError is an OSError
@@ -220,7 +242,42 @@ def picture_of(records: Any, row: int) -> Any:
             f"record {row} has no picture. A model that sees pictures needs one in the column `image` of every row, and "
             f"one that sees regions a processor with a feature_extractor."
         )
+    if column == "images" and len(picture) != 2:
+        raise PictureError(f"record {row} has {len(picture)} images where two are read. Repair or remove the row.")
     return picture
+
+
+def apart(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The rows of a batch, each without its filling: what stands behind the last real entry of its mask.
+
+    Args:
+        batch: tensors [B, ...]; `x_mask` [B, n] or [B, H, W] is of the tensors `x_...`, [B, n, ...] and [B, ..., H, W].
+    """
+    rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    for mask_name in [name for name in batch if name.endswith("_mask")]:
+        family = [name for name in batch if name.startswith(mask_name.removesuffix("mask"))]
+        for row in rows:
+            real = [int(places.max()) + 1 if len(places) else 0 for places in row[mask_name].nonzero().T]
+            kept = tuple(slice(size) for size in real)
+            place = kept if len(kept) == 1 else (..., *kept)
+            row |= {name: row[name][place].clone() for name in family if row[name].ndim >= len(kept)}
+    return rows
+
+
+def together(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of rows of `apart`, filled up with zeros behind to the longest of it."""
+    return {name: filled_up([row[name] for row in rows]) for name in rows[0]}
+
+
+def filled_up(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[B, ...] of tensors [...] of mixed sizes, with zeros behind each in every dimension."""
+    sizes = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors))]
+    if all(list(tensor.shape) == sizes for tensor in tensors):
+        return torch.stack(list(tensors))
+    batch = tensors[0].new_zeros(len(tensors), *sizes)
+    for row, tensor in zip(batch, tensors):
+        row[tuple(slice(size) for size in tensor.shape)] = tensor
+    return batch
 
 
 def verb_of(model: Any, verb: str) -> Callable[..., Any]:
@@ -233,8 +290,8 @@ def verb_of(model: Any, verb: str) -> Callable[..., Any]:
         if hasattr(owner, verb):
             return getattr(owner, verb)
     raise TypeError(
-        f"{type(model).__name__} has no {verb}: it cannot embed one side alone. Evaluate a model with two towers, or "
-        f"score pairs with its score_pairs."
+        f"{type(model).__name__} has no {verb}: it cannot embed one side alone. Evaluate a model with two towers, or one "
+        f"that scores pairs (score_pairs) with evaluate_fusion_retrieval."
     )
 
 
@@ -256,7 +313,7 @@ def evaluating(model: torch.nn.Module, accelerator: Any = None) -> Iterator[torc
             module.training = mode
 
 
-def _ahead(prepare: Callable, batches: Sequence[Sequence[int]]) -> Iterator[dict[str, torch.Tensor]]:
+def ahead(prepare: Callable, batches: Sequence[Sequence[int]]) -> Iterator[dict[str, torch.Tensor]]:
     """Prepare each batch while the one before is computed."""
     with ThreadPoolExecutor(1) as pool:
         coming = [pool.submit(prepare, batch) for batch in batches[:1]]

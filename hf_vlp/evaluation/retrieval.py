@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch.nn.functional import normalize
-from torch.nn.utils.rnn import pad_sequence
 
 from hf_vlp.evaluation.encoding import (
+    apart,
     encode,
     encode_texts,
     evaluating,
     image_inputs,
     picture_of,
     takes_regions,
+    together,
     verb_of,
     without_pictures,
 )
@@ -33,12 +34,11 @@ UNIT_LENGTH = 0.01  # how far low precision leaves a row from unit length, at mo
 
 @dataclass
 class RetrievalReport:
-    """What `evaluate_retrieval` found.
+    """What an evaluation of retrieval found, whatever the scores come from; a subclass gives `scores` and `top`.
 
     metrics: `image_to_text/R@1`, ... `text_to_image/mean_rank`, `rsum`; recalls in percent, ranks from 1.
     counts: `images`, `captions`, and the least, mean and most captions of an image.
     protocol: in words, what was scored.
-    image_features [N, E], text_features [M, E]: float32; their products are the scores.
     image_ids [N], text_ids [M] int64: index of the image that each row is or belongs to.
     captions: [M] texts. image_rows: [N] the record that each image was read from.
     """
@@ -46,12 +46,18 @@ class RetrievalReport:
     metrics: dict[str, float]
     counts: dict[str, float]
     protocol: str
-    image_features: torch.Tensor
-    text_features: torch.Tensor
     image_ids: torch.Tensor
     text_ids: torch.Tensor
     captions: list[str]
     image_rows: list[int]
+
+    def scores(self) -> torch.Tensor:
+        """[N, M] float32, of every image with every caption."""
+        raise NotImplementedError
+
+    def top(self, k: int = 5) -> list[tuple[str, int, list[int]]]:
+        """For every caption: the text, the index of its image, the indices of the k images found, best first."""
+        raise NotImplementedError
 
     def table(self) -> str:
         """The metrics as an aligned plain-text table."""
@@ -63,19 +69,9 @@ class RetrievalReport:
         lines.append(f"rsum {self.metrics['rsum']:.1f}; {self.protocol}")
         return "\n".join(lines)
 
-    def scores(self) -> torch.Tensor:
-        """[N, M] float32, of every image with every caption."""
-        return self.image_features @ self.text_features.T
-
     def fingerprint(self) -> str:
         """Of the captions and whose they are, in their order: equal where the scores of two models stand for the same."""
-        content = json.dumps([self.captions, self.text_ids.tolist()], ensure_ascii=False)
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-
-    def top(self, k: int = 5) -> list[tuple[str, int, list[int]]]:
-        """For every caption: the text, the index of its image, the indices of the k images found, best first."""
-        found = top_targets(self.text_features, self.image_features, k).tolist()
-        return list(zip(self.captions, self.text_ids.tolist(), found, strict=True))
+        return fingerprint_of(self.captions, self.text_ids)
 
     def five_fold_1k(self) -> dict[str, float]:
         """The metrics of the 1K protocol of COCO: means over five folds of 1,000 of the 5,000 images, in their order.
@@ -87,11 +83,33 @@ class RetrievalReport:
             raise ValueError(
                 f"the five-fold 1K protocol needs the 5,000 images of COCO's test, not {len(self.image_ids)}."
             )
-        return five_fold_1k(self.image_features, self.text_features, self.image_ids, self.text_ids)
+        return five_fold_scores(self.scores(), self.image_ids, self.text_ids)
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers alone, for JSON."""
         return {"metrics": dict(self.metrics), "counts": dict(self.counts), "protocol": self.protocol}
+
+
+@dataclass
+class FeatureRetrievalReport(RetrievalReport):
+    """What `evaluate_retrieval` found; image_features [N, E], text_features [M, E] float32: their products are the scores."""
+
+    image_features: torch.Tensor
+    text_features: torch.Tensor
+
+    def scores(self) -> torch.Tensor:
+        """[N, M] float32, of every image with every caption."""
+        return self.image_features @ self.text_features.T
+
+    def top(self, k: int = 5) -> list[tuple[str, int, list[int]]]:
+        """For every caption: the text, the index of its image, the indices of the k images found, best first."""
+        return with_captions(self, top_targets(self.text_features, self.image_features, k))
+
+    def five_fold_1k(self) -> dict[str, float]:
+        """The same as of any report; scores are computed a fold at a time."""
+        if len(self.image_ids) != 5000:
+            return super().five_fold_1k()
+        return five_fold_1k(self.image_features, self.text_features, self.image_ids, self.text_ids)
 
 
 class RetrievalSet:
@@ -100,8 +118,8 @@ class RetrievalSet:
     Args:
         records: rows with `captions`, `image_id` (where there is none, rows of one `regions` key are one image, and any
             other row is one of its own) and what the processor makes an image of: `image`, `regions` or `image_id`.
-        processor: given, all images are processed now and kept (N * 3 * H * W or, with R regions each, N * R * F
-            float32).
+        processor: given, all images are processed now and kept, each in its own size (N * 3 * H * W or, with R regions
+            each, N * R * F float32).
         captions_per_image: keep the first so many of each image's captions. Published results on COCO's 5,000 test
             images count 5 each (25,000), while some have 6 or 7. With 1, captions and images are pairs.
 
@@ -145,7 +163,7 @@ class RetrievalSet:
         self.kept: list[dict[str, torch.Tensor]] | None = None
         if processor is not None:
             chunks = torch.arange(len(self)).split(256)  # regions are filled up to the longest of a chunk
-            self.kept = [row for chunk in chunks for row in _apart(self.inputs(processor, chunk.tolist()))]
+            self.kept = [row for chunk in chunks for row in apart(self.inputs(processor, chunk.tolist()))]
 
     def __len__(self) -> int:
         return len(self.image_rows)
@@ -157,8 +175,13 @@ class RetrievalSet:
     def inputs(self, processor: Any, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """What a model is handed for some of the images, kept or processed now."""
         if self.kept is not None:
-            return _together([self.kept[index] for index in indices])
+            return together([self.kept[index] for index in indices])
         return image_inputs(processor, self.records, [self.image_rows[index] for index in indices])
+
+    def identities(self) -> dict[str, Any]:
+        """What a `RetrievalReport` holds of images and captions."""
+        names = ("image_ids", "text_ids", "captions", "image_rows")
+        return {name: getattr(self, name) for name in names}
 
     def counts(self) -> dict[str, float]:
         """Images, captions, and captions of an image."""
@@ -183,7 +206,7 @@ def evaluate_retrieval(
     autocast: torch.dtype | None = None,
     prompt: Callable[[str], str] | None = None,
     progress: bool = True,
-) -> RetrievalReport:
+) -> FeatureRetrievalReport:
     """Encode images and captions, rank both ways.
 
     Under several processes (`torch.distributed`) each encodes its part, and all get the same report.
@@ -223,9 +246,8 @@ def evaluate_retrieval(
     if pairs.captions_per_image is not None:
         protocol += f", the first {pairs.captions_per_image} captions of each image"
     metrics = retrieval_metrics(images, captions, pairs.image_ids, pairs.text_ids)
-    ids = {"image_ids": pairs.image_ids, "text_ids": pairs.text_ids}
-    return RetrievalReport(
-        metrics, counts, protocol, images, captions, **ids, captions=pairs.captions, image_rows=pairs.image_rows
+    return FeatureRetrievalReport(
+        metrics, counts, protocol, **pairs.identities(), image_features=images, text_features=captions
     )
 
 
@@ -242,6 +264,17 @@ def exact_unit_rows(features: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return (normalize(features, dim=1) if unit else features), unit
 
 
+def with_captions(report: RetrievalReport, found: torch.Tensor) -> list[tuple[str, int, list[int]]]:
+    """The entries of `RetrievalReport.top` from `found` [M, k], the images found for each caption."""
+    return list(zip(report.captions, report.text_ids.tolist(), found.tolist(), strict=True))
+
+
+def fingerprint_of(captions: Sequence[str], text_ids: torch.Tensor) -> str:
+    """See `RetrievalReport.fingerprint`."""
+    content = json.dumps([list(captions), text_ids.tolist()], ensure_ascii=False)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
 def retrieval_metrics(
     image_features: torch.Tensor, text_features: torch.Tensor, image_ids: torch.Tensor, text_ids: torch.Tensor
 ) -> dict[str, float]:
@@ -251,12 +284,14 @@ def retrieval_metrics(
         image_features: [N, E]. text_features: [M, E].
         image_ids: [N], text_ids: [M] int64; equal ids belong together.
     """
-    return _metrics(*ranks_both_ways(image_features, text_features, image_ids, text_ids))
+    return rank_metrics(*ranks_both_ways(image_features, text_features, image_ids, text_ids))
 
 
 def score_metrics(scores: torch.Tensor, image_ids: torch.Tensor, text_ids: torch.Tensor) -> dict[str, float]:
     """The same from given scores [N, M], images x captions, e.g. of an ensemble."""
-    return _metrics(ranks_from_scores(scores, image_ids, text_ids), ranks_from_scores(scores.T, text_ids, image_ids))
+    return rank_metrics(
+        ranks_from_scores(scores, image_ids, text_ids), ranks_from_scores(scores.T, text_ids, image_ids)
+    )
 
 
 def five_fold_1k(
@@ -301,7 +336,8 @@ def folds_of(
         yield rows, torch.isin(text_ids, image_ids[rows]).nonzero()[:, 0]
 
 
-def _metrics(to_text: torch.Tensor, to_image: torch.Tensor) -> dict[str, float]:
+def rank_metrics(to_text: torch.Tensor, to_image: torch.Tensor) -> dict[str, float]:
+    """The same from ranks, from 0: of the images' captions [N], of the captions' images [M]."""
     to_text, to_image = recalls(to_text), recalls(to_image)
     metrics = {f"image_to_text/{name}": value for name, value in to_text.items()}
     metrics |= {f"text_to_image/{name}": value for name, value in to_image.items()}
@@ -325,21 +361,3 @@ def _identity(record: Any, row: int) -> tuple[str, str]:
             f"an image of its own."
         )
     return "image_id", str(image_id)
-
-
-def _apart(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """The inputs of each image by itself, without the filling of its regions."""
-    rows = [dict(zip(inputs, values)) for values in zip(*inputs.values())]
-    if "region_mask" in inputs:
-        for row in rows:
-            regions = int(row["region_mask"].sum())  # real regions stand first
-            row |= {name: value[:regions].clone() for name, value in row.items() if name.startswith("region_")}
-    return rows
-
-
-def _together(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch of images, regions filled up with zeros to the longest of it."""
-    return {
-        name: pad_sequence(values, batch_first=True) if name.startswith("region_") else torch.stack(values)
-        for name, values in ((name, [row[name] for row in rows]) for name in rows[0])
-    }

@@ -1,7 +1,7 @@
 """The text of a saved folder's model card.
 
 A card says what the folder's own files say: config.json, the headers of the weight files, results.json (what was measured,
-as examples/evaluate.py and examples/pretrain.py write it), recipe.yaml. No number is kept anywhere else.
+as examples/evaluate.py, pretrain.py and finetune.py write it), recipe.yaml. No number is kept anywhere else.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_vlp.auto import TABLE, Row, resolve
+from hf_vlp.auto import OWN_AUTO_CLASSES, TABLE, Row, resolve
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -23,6 +23,7 @@ HUB_TASKS = {
     "linear-probe": "image-classification",
 }
 PIPELINES = {
+    "AutoModelForVisualQuestionAnswering": "visual-question-answering",
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
 }
@@ -152,9 +153,10 @@ def _modeling_module(row: Row) -> str:
 
 
 def _auto_class(row: Row, model_class: type) -> tuple[str, str | None]:
-    """The Auto class that a user of this folder wants, and the pipeline that runs it."""
+    """The Auto class that a user of this folder wants, and the Hub's name of its task."""
     autos = [auto for auto, name in row.models.items() if name.endswith(f":{model_class.__name__}")]
-    if autos == ["AutoModelForPreTraining"]:  # its base model is what embeds and scores
+    base = resolve(row.models["AutoModel"])
+    if autos == ["AutoModelForPreTraining"] and hasattr(base, "score_pairs"):  # its base model is what embeds and scores
         autos = [auto for auto, name in row.models.items() if name == row.models["AutoModel"]]
     return autos[0], next((PIPELINES[auto] for auto in autos if auto in PIPELINES), None)
 
@@ -229,7 +231,11 @@ def _architecture_section(folder: Path, config: Any, model_class: type) -> str:
 def _loading(folder: Path, name: str, auto_class: str) -> str:
     files = [folder / file for file in PROCESSOR_FILES if (folder / file).exists()]
     extractor = next((found for file in files if (found := _read_json(file).get("feature_extractor"))), None)
-    lines = ["import hf_vlp", f"from transformers import {auto_class}{', AutoProcessor' if files else ''}", ""]
+    own = auto_class in OWN_AUTO_CLASSES
+    theirs = [*([] if own else [auto_class]), *(["AutoProcessor"] if files else [])]
+    lines = [f"from hf_vlp import {auto_class}" if own else "import hf_vlp"]
+    lines += [f"from transformers import {', '.join(theirs)}"] if theirs else []
+    lines += [""]
     lines += [f'model = {auto_class}.from_pretrained("{name}")']
     if files:
         store = ', region_store="my.regions"' if extractor else ""
@@ -246,10 +252,28 @@ def _loading(folder: Path, name: str, auto_class: str) -> str:
     return text
 
 
+TASK_SCORES = {  # ends of class names -> what their numbers mean
+    "ForImageClassification": "The logits are of the classes in `model.config.id2label`; their softmax gives probabilities among these.",
+    "ForMaskedLM": "The logits are of the vocabulary at every token; at a [MASK] their softmax gives probabilities of words.",
+    "ForVisualQuestionAnswering": (
+        "The logits are of the answers in `model.config.id2label`. Answers do not exclude each other in training: a sigmoid, not a "
+        "softmax, makes a probability of each."
+    ),
+    "ForVisualReasoning": "The two logits are of false and true; their softmax gives the probability that the statement is true.",
+}
+READ_TOGETHER = (
+    "`score_pairs` is a logit of each pair, read together: higher is a better match. Sort the texts of one picture, or the pictures of one "
+    "text, by it; it is no probability, and `get_image_features` does not exist, as neither side is embedded alone."
+)
+
+
 def _reading_the_scores(folder: Path, config: Any, model_class: type) -> str:
-    if not hasattr(model_class, "get_image_features"):
-        if model_class.__name__.endswith("ForImageClassification"):
-            return "The logits are of the classes in `model.config.id2label`; their softmax gives probabilities among these."
+    told = next((text for end, text in TASK_SCORES.items() if model_class.__name__.endswith(end)), None)
+    if told is not None:
+        return told
+    if hasattr(model_class, "score_pairs") and not hasattr(config, "projection_dim"):
+        return READ_TOGETHER
+    if not hasattr(model_class, "score_pairs"):
         return "This part gives states and embeddings, no scores."
     unit = all(getattr(config, name, True) for name in ("normalize_image", "normalize_text"))
     scale = _logit_scale(_weights(folder))
@@ -294,10 +318,11 @@ def _training_section(recipe: dict[str, Any] | None) -> str:
 
     settings = {name: part for name, part in _without_empty(recipe).items() if name != "model"}
     start = (recipe.get("model") or {}).get("from_pretrained")
+    script = "finetune" if recipe.get("task") else "pretrain"
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
     return (
         f"Weights at the start: {f'`{start}`' if start else 'random'}. The recipe, whole in recipe.yaml and repeated by "
-        f"`accelerate launch examples/pretrain.py --config recipe.yaml`:\n\n```yaml\n{text}\n```"
+        f"`accelerate launch examples/{script}.py --config recipe.yaml`:\n\n```yaml\n{text}\n```"
     )
 
 

@@ -4,14 +4,15 @@ A picture is prepared once, without randomness, so that the result can be cached
 prepared pictures and drawn from a generator.
 
 CLIP, "Learning Transferable Visual Models From Natural Language Supervision" (https://arxiv.org/abs/2103.00020), section 2.5;
-VSE-infinity, "Learning the Best Pooling Strategy for Visual Semantic Embedding" (https://arxiv.org/abs/2011.04305); and what small
-data sets need besides. R is the side of what the model sees. Depends on `hf_vlp.inputs.image_transforms`.
+VSE-infinity, "Learning the Best Pooling Strategy for Visual Semantic Embedding" (https://arxiv.org/abs/2011.04305); ViLT
+(https://arxiv.org/abs/2102.03334), sections 3.4 and 4.2; and what small data sets need besides. R is the side of what the model sees, or
+the shorter side where pictures keep their proportions. Depends on `hf_vlp.inputs.image_transforms` and `hf_vlp.inputs.rand_augment`.
 """
 
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -27,11 +28,16 @@ from hf_vlp.inputs.image_transforms import (
     in_channel_order,
     normalised,
     on_background,
+    padded,
+    picture_from_array,
     resize_picture,
+    resize_width_first,
     squashed,
     to_rgb,
     to_tensor,
+    whole_patches_size,
 )
+from hf_vlp.inputs.rand_augment import Draws, RandAugment
 
 
 def _uniform(generator: torch.Generator, count: int, low: float, high: float, device: torch.device) -> torch.Tensor:
@@ -58,6 +64,12 @@ class _Augmentation:
 
     takes_mixed_sizes: ClassVar[bool] = False
     default_margin: ClassVar[float | None] = 1.0  # of the canvas, in R; None: pictures keep their own size
+    has_canvas: ClassVar[bool] = True
+
+    @staticmethod
+    def numbers_of(image_processor: Any) -> dict[str, Any]:
+        """The augmentation's own numbers that are settings of the image processor; size and colours are found elsewhere."""
+        return {}
 
     def finished(self, pixels: torch.Tensor) -> torch.Tensor:
         """RGB [..., 3, H, W] from 0 to 255 -> float32 as the network sees it; float32 is reused."""
@@ -304,10 +316,120 @@ class RandomResizedCrop(_Augmentation):
         return centre_crop(resize_picture(picture, canvas, resample), canvas, canvas)
 
 
+@dataclass
+class WholePatches(_Augmentation):
+    """Nothing random: pictures resized to whole patches, which keeps their proportions, and padded to one canvas. ViLT's, section 4.2.
+
+    longest, divisor: bound of the longer side and side of a patch, as `whole_patches_size` has them. resample: Pillow's number of the way
+    of resizing.
+    """
+
+    longest: int | None = None
+    divisor: int = 32
+    resample: int = Image.Resampling.BICUBIC
+
+    takes_mixed_sizes: ClassVar[bool] = True
+    default_margin: ClassVar[float | None] = None
+    has_canvas: ClassVar[bool] = False
+
+    @staticmethod
+    def numbers_of(image_processor: Any) -> dict[str, Any]:
+        sizes, divisor = dict(image_processor.size), getattr(image_processor, "size_divisor", None)
+        if not divisor or not sizes.get("shortest_edge"):
+            raise ValueError(
+                f"the image processor's size {sizes} and size_divisor {divisor} are no bounds of whole patches: it needs a "
+                "shortest_edge and a size_divisor"
+            )
+        return {"longest": sizes.get("longest_edge"), "divisor": divisor, "resample": image_processor.resample}
+
+    def resized_size(self, picture: Image.Image) -> tuple[int, int]:
+        """Width and height that the model sees; a picture that is too thin is an error."""
+        return whole_patches_size(*picture.size, self.size, self.longest, self.divisor)
+
+    def resized(self, picture: Image.Image) -> Image.Image:
+        """A picture in RGB at the size that the model sees."""
+        return resize_width_first(picture, self.resized_size(picture), self.resample)
+
+    def batch(self, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Resized uint8 [3, h, w] to `pixel_values` float32 [B, 3, H, W] and `pixel_mask` int64 [B, H, W]."""
+        values, mask = padded([self.finished(image) for image in images])
+        return {"pixel_values": values, "pixel_mask": mask}
+
+    def __call__(
+        self, images: Sequence[torch.Tensor], generator: torch.Generator | None = None
+    ) -> dict[str, torch.Tensor]:
+        """B of uint8 [3, h, w] as `lay_out` made them -> `pixel_values` float32 [B, 3, H, W], `pixel_mask` int64 [B, H, W]."""
+        return self.batch(images)
+
+    def lay_out(self, picture: Image.Image, canvas: int | None, resample: int) -> Image.Image:
+        """The picture in RGB, resized."""
+        return self.resized(to_rgb(picture))
+
+
+@dataclass
+class WholePatchesRandAugment(WholePatches):
+    """ViLT's augmentation of fine-tuning, section 3.4: RandAugment on the picture as it is, and only then resized to whole patches.
+
+    count, magnitude: of `RandAugment`.
+    """
+
+    count: int = 2
+    magnitude: float = 9
+    policy: RandAugment = field(init=False, repr=False)
+
+    has_canvas: ClassVar[bool] = True
+
+    def __post_init__(self):
+        self.policy = RandAugment(self.count, self.magnitude)
+
+    def __call__(
+        self,
+        images: Sequence[torch.Tensor],
+        generator: torch.Generator | None = None,
+        *,
+        draws: Sequence[Draws] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """B of uint8 [3, h, w] -> `pixel_values` float32 [B, 3, H, W], `pixel_mask` int64 [B, H, W].
+
+        Args:
+            generator: to draw from, where draws are not given.
+            draws: per picture names of operations and signs, as `RandAugment` takes them.
+
+        Raises:
+            ValueError: neither generator nor draws, draws that do not fit the pictures or the operations, a picture that is too thin.
+        """
+        if draws is None:
+            if generator is None:
+                raise ValueError("the augmentation needs a generator to draw from: give generator= or draws=")
+            draws = self.policy.draws(len(images), generator)
+        elif len(draws) != len(images):
+            raise ValueError(f"draws holds {len(draws)} entries for {len(images)} pictures: give one a picture")
+        pictures = [
+            self.resized(self.policy(picture_from_array(image, channels_first=True), *given))
+            for image, given in zip(images, draws, strict=True)
+        ]
+        return self.batch([to_tensor(picture) for picture in pictures])
+
+    def lay_out(self, picture: Image.Image, canvas: int | None, resample: int) -> Image.Image:
+        """The picture in RGB; a longer side beyond `canvas` is shrunk to it, with the proportions kept.
+
+        Raises:
+            ValueError: a picture that is too thin to be resized later: now its record is known.
+        """
+        picture = to_rgb(picture)
+        if canvas is not None and max(picture.size) > canvas:
+            size = (max(1, round(side * canvas / max(picture.size))) for side in picture.size)
+            picture = resize_picture(picture, tuple(size), resample)
+        self.resized_size(picture)
+        return picture
+
+
 AUGMENTATIONS = {
     "random_square_crop": RandomSquareCrop,
     "random_resized_crop": RandomResizedCrop,
     "random_crop_squash": RandomCropSquash,
+    "pixelbert": WholePatches,
+    "pixelbert_randaugment": WholePatchesRandAugment,
 }
 
 
@@ -318,16 +440,14 @@ def build_augmentation(
     std: Sequence[float] = CLIP_STD,
     channel_order: str = "rgb",
     **numbers: Any,
-) -> RandomSquareCrop | RandomResizedCrop | RandomCropSquash:
+) -> RandomSquareCrop | RandomResizedCrop | RandomCropSquash | WholePatches:
     """The augmentation of that name.
 
     Raises:
         ValueError: unknown name, or a number it does not have.
     """
-    if name not in AUGMENTATIONS:
-        raise ValueError(f"unknown augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}")
     of_network = {field.name for field in fields(_Augmentation)}
-    known = [field.name for field in fields(AUGMENTATIONS[name]) if field.name not in of_network]
+    known = [field.name for field in fields(_kind(name)) if field.init and field.name not in of_network]
     for number in numbers:
         if number not in known:
             near = difflib.get_close_matches(number, known, 1)
@@ -336,29 +456,44 @@ def build_augmentation(
     return AUGMENTATIONS[name](size, mean, std, channel_order, **numbers)
 
 
+def _kind(name: str) -> type[_Augmentation]:
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"unknown augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}")
+    return AUGMENTATIONS[name]
+
+
 class TrainingTransform:
     """The two parts of a training transform, with size and colours of an image processor.
 
-    `prepare`: a PIL image -> uint8 [3, h, w], always the same. `augment`: (uint8 [B, 3, h, w], generator) -> float32 [B, 3, R, R].
+    `prepare`: a PIL image -> uint8 [3, h, w], always the same. `augment`: (uint8 [B, 3, h, w], generator) -> float32 [B, 3, R, R], or a
+    dict of `pixel_values` [B, 3, H, W] and `pixel_mask` [B, H, W] where pictures keep their proportions (the names that start with
+    "pixelbert").
 
     Args:
-        image_processor: with `size`, `crop_size`, `resample`, `image_mean`, `image_std` as transformers' have, perhaps `do_rescale`,
-            `rescale_factor`, `channel_order`, `background` and `high_byte`.
+        image_processor: with `size`, `crop_size`, `resample`, `image_mean`, `image_std` as transformers' have, perhaps `size_divisor`,
+            `do_rescale`, `rescale_factor`, `channel_order`, `background` and `high_byte`.
         name: of the augmentation; CLIP's own if not given.
         canvas: pixels to which a picture is reduced once; pictures kept in memory are as large. `random_square_crop`: length of the shorter
             side, R if not given. `random_resized_crop`: of the middle square, 9/8 R if not given. `random_crop_squash`: longest side,
-            each axis on its own and antialiased; if not given pictures keep their size, as in the released code.
+            each axis on its own and antialiased; if not given pictures keep their size, as in the released code. `pixelbert_randaugment`:
+            longest side, with proportions kept; else as before. `pixelbert` has none: its pictures are kept as the model sees them.
         numbers: of the augmentation.
 
     Raises:
-        ValueError: a canvas smaller than R, an unknown name or number.
+        ValueError: a canvas smaller than R or where there is none, an unknown name or number, an image processor without the settings
+            that the augmentation needs.
     """
 
     def __init__(
         self, image_processor: Any, name: str = "random_square_crop", *, canvas: int | None = None, **numbers: Any
     ):
         side = _side(image_processor)
+        numbers = _kind(name).numbers_of(image_processor) | numbers
         self.augment = build_augmentation(name, side, *_colours(image_processor), **numbers)
+        if canvas is not None and not self.augment.has_canvas:
+            raise ValueError(
+                f"canvas={canvas}: pictures of {name} are kept at the size that the model sees; leave it out"
+            )
         margin = self.augment.default_margin
         self.canvas = round(side * margin) if canvas is None and margin is not None else canvas
         if self.canvas is not None and self.canvas < side:
@@ -392,10 +527,10 @@ def _colours(image_processor: Any) -> tuple[Sequence[float], Sequence[float], st
 
 
 def _side(image_processor: Any) -> int:
-    """R of an image processor: what it crops to, or else resizes to."""
+    """R of an image processor: what it crops to, or else resizes to, the shorter side where it has bounds for both."""
     cropped = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else None
     sizes: Mapping[str, Any] = dict(cropped or image_processor.size)
-    sides = {value for value in sizes.values() if value}
+    sides = {value for name, value in sizes.items() if value and name != "longest_edge"}
     if len(sides) != 1:
         raise ValueError(f"the image processor's size {sizes} is no square: set its size and crop_size to one number")
     return int(sides.pop())

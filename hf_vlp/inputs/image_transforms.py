@@ -2,7 +2,8 @@
 
 CLIP, "Learning Transferable Visual Models From Natural Language Supervision" (https://arxiv.org/abs/2103.00020), the evaluation
 transform of the released code; VSE-infinity, "Learning the Best Pooling Strategy for Visual Semantic Embedding"
-(https://arxiv.org/abs/2011.04305), what the released code does to raw pictures.
+(https://arxiv.org/abs/2011.04305), what the released code does to raw pictures; ViLT (https://arxiv.org/abs/2102.03334), section 4.2,
+the resizing to whole patches that its released code calls pixelbert.
 Pictures are PIL images; R is the side of what the model sees. Depends on Pillow, numpy and torch.
 """
 
@@ -19,6 +20,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DETECTOR_MEAN = (102.9801, 115.9465, 122.7717)  # blue, green, red from 0 to 255: of Caffe's detectors
+HALF = (
+    0.5,
+    0.5,
+    0.5,
+)  # as mean and as deviation: from 0..1 to -1..1, for networks that started from ImageNet's vision transformers
 CHANNEL_ORDERS = ("rgb", "bgr")
 
 # Where Pillow takes a file for a decompression bomb: twice a quarter of a GiB of RGB.
@@ -145,6 +151,53 @@ def resize_picture(
     return picture.resize(target, resample)
 
 
+def whole_patches_size(
+    width: int, height: int, shortest: int, longest: int | None = None, divisor: int = 32
+) -> tuple[int, int]:
+    """(width, height) after ViLT's resizing to whole patches, which keeps the proportions but for less than a patch.
+
+    The shorter side becomes `shortest`, unless the longer one were then beyond `longest`: it becomes `longest`. Each is rounded, halves up,
+    and cut to a multiple of `divisor`: with 384 and 639 no side is longer than 608.
+
+    Args:
+        longest: 1333 / 800 of `shortest`, cut to a whole number, if not given; the proportion is that of detectors on COCO.
+        divisor: side of a patch.
+
+    Raises:
+        ValueError: bounds below one patch, a size that `check_size` refuses, or a picture so thin that no whole patch is left of a side.
+    """
+    check_size(width, height)
+    longest = int(1333 / 800 * shortest) if longest is None else longest
+    if divisor < 1 or min(shortest, longest) < divisor:
+        raise ValueError(
+            f"pictures cannot be resized to a shorter side of {shortest} and a longer one of {longest} at most in patches of {divisor}: "
+            "give bounds of one patch or more"
+        )
+    scale = shortest / min(width, height)
+    sides = (scale * width, shortest) if height < width else (shortest, scale * height)
+    if max(sides) > longest:
+        scale = longest / max(sides)
+        sides = (sides[0] * scale, sides[1] * scale)
+    sides = [int(side + 0.5) for side in sides]
+    if min(sides) < divisor:
+        raise ValueError(
+            f"the picture of {width} x {height} pixels is too thin: resized to {sides[0]} x {sides[1]} it is thinner than one patch of "
+            f"{divisor}. Crop it, frame it or leave it out"
+        )
+    return sides[0] // divisor * divisor, sides[1] // divisor * divisor
+
+
+def resize_width_first(
+    picture: Image.Image, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Pillow's antialiased resizing to (width, height): the width first, rounded to 8 bits, then the height.
+
+    One call does the same in the Pillow of ViLT's time; newer ones take the height first where that is less work, and some pixels
+    differ by up to seven grey levels.
+    """
+    return picture.resize((size[0], picture.height), resample).resize(size, resample)
+
+
 def crop_offset(length: int, crop: int) -> int:
     """Where a central crop starts: half of what is left over, a half rounded to the even neighbour.
 
@@ -246,3 +299,32 @@ def in_channel_order(pixels: torch.Tensor, order: str) -> torch.Tensor:
     if order not in CHANNEL_ORDERS:
         raise ValueError(f"channel_order={order!r} is unknown: choose one of {', '.join(map(repr, CHANNEL_ORDERS))}")
     return pixels.flip(-3) if order == "bgr" else pixels
+
+
+def padded(images: Sequence[torch.Tensor], canvas: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [C, h, w] of several sizes as one batch, each in the upper left corner of its canvas.
+
+    Args:
+        canvas: height and width, H and W; the largest ones of the images if not given.
+
+    Returns:
+        [B, C, H, W], zero beside the images, and their mask int64 [B, H, W], 1 where the image is.
+
+    Raises:
+        ValueError: an image beyond the canvas, or images of several numbers of channels.
+    """
+    shapes = [tuple(image.shape) for image in images]
+    height, width = canvas or (max(shape[1] for shape in shapes), max(shape[2] for shape in shapes))
+    if len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(f"images of the shapes {shapes} are no batch: convert them all to RGB")
+    for position, shape in enumerate(shapes):
+        if shape[1] > height or shape[2] > width:
+            raise ValueError(
+                f"image {position} is {shape[1]} high and {shape[2]} wide, beyond the canvas of {height} x {width}: give a larger one"
+            )
+    pixels = images[0].new_zeros(len(images), shapes[0][0], height, width)
+    mask = torch.zeros(len(images), height, width, dtype=torch.int64, device=pixels.device)
+    for row, (image, (_, high, wide)) in enumerate(zip(images, shapes, strict=True)):
+        pixels[row, :, :high, :wide] = image
+        mask[row, :high, :wide] = 1
+    return pixels, mask

@@ -88,6 +88,16 @@ def as_pixels(image: np.ndarray | torch.Tensor, input_data_format: Any = None) -
     return torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
 
 
+def as_rgb(image: Any, do_convert_rgb: bool = True, input_data_format: Any = None, **options) -> torch.Tensor:
+    """Any accepted picture -> uint8 [3, h, w] where it is, or with its own channels where it is not to be converted."""
+    pixels = None if isinstance(image, Image.Image) else as_pixels(image, input_data_format)
+    if pixels is not None and len(pixels) != 4:
+        return pixels.expand(3, -1, -1) if do_convert_rgb else pixels
+    where = None if pixels is None else pixels.device
+    picture = as_wished(as_picture(image, input_data_format), **options)
+    return transforms.to_tensor(transforms.to_rgb(picture) if do_convert_rgb else picture).to(where)
+
+
 def as_wished(picture: Image.Image, background: Any = None, high_byte: bool = False, **options) -> Image.Image:
     """The picture as the options beside the original's want it before anything else."""
     transforms.check_size(*picture.size)

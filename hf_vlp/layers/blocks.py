@@ -20,17 +20,18 @@ class QuickGELU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear(D, intermediate) -> activation -> Linear(intermediate, D)."""
+    """Linear(D, intermediate) -> activation -> Linear(intermediate, D); `dropout` behind the activation and at the end."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, dropout: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
         self.activation = QuickGELU() if hidden_act == "quick_gelu" else ACT2FN[hidden_act]
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, L, D] -> [B, L, D]."""
-        return self.fc2(self.activation(self.fc1(hidden_states)))
+        return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(hidden_states)))))
 
 
 class Block(GradientCheckpointingLayer):
@@ -41,7 +42,7 @@ class Block(GradientCheckpointingLayer):
         hidden_size, intermediate_size, num_heads: widths and heads.
         hidden_act: name of the activation in transformers' table.
         norm_eps: eps of both layer norms.
-        dropout: of the attention weights.
+        dropout: of the attention weights. hidden_dropout: of the attention's result, and inside and behind the feed-forward network.
         is_causal: self-attention sees no later position.
     """
 
@@ -55,13 +56,15 @@ class Block(GradientCheckpointingLayer):
         hidden_act: str,
         norm_eps: float,
         dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
         is_causal: bool = False,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=norm_eps)
         self.attention = Attention(config, hidden_size, num_heads, dropout=dropout, is_causal=is_causal)
         self.norm2 = nn.LayerNorm(hidden_size, eps=norm_eps)
-        self.mlp = FeedForward(hidden_size, intermediate_size, hidden_act)
+        self.mlp = FeedForward(hidden_size, intermediate_size, hidden_act, hidden_dropout)
+        self.dropout = nn.Dropout(hidden_dropout)
 
     def forward(
         self,
@@ -76,5 +79,5 @@ class Block(GradientCheckpointingLayer):
             queries, mixed = hidden_states, self.attention(context, attention_mask, **kwargs)[0]
         else:
             mixed = self.attention(self.norm1(queries), attention_mask, context, **kwargs)[0]
-        queries = queries + mixed
+        queries = queries + self.dropout(mixed)
         return queries + self.mlp(self.norm2(queries))

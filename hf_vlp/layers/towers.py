@@ -6,6 +6,8 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel
 
+from hf_vlp.layers.packing import group_sizes
+
 
 def build_tower(config, pooler: bool) -> PreTrainedModel:
     """The model of a tower's configuration, without an unused pooling layer where its class can be built without one."""
@@ -46,29 +48,6 @@ class LoadsOutOfAPair:
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
         """As in transformers, under the tower's own names: a mapping used in loading is not undone unless asked for."""
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
-
-
-GROUP_COST = 64  # of one group more, in tokens: measured on two cores with BERTs of 1 to 12 layers
-
-
-def group_sizes(lengths: torch.Tensor) -> list[int]:
-    """Sizes of the groups of neighbouring texts that cost least to run one after the other; `lengths` [B] rise.
-
-    A text costs as many tokens as the longest of its group, and every group GROUP_COST besides.
-    """
-    values, counts = lengths.unique_consecutive(return_counts=True)
-    ends = [0, *counts.cumsum(0).tolist()]  # texts up to each length
-    best = [(0, 0)]  # of the texts up to each length: tokens, and where their last group begins
-    for stop, longest in enumerate(values.tolist(), start=1):
-        tokens = ((best[start][0] + longest * (ends[stop] - ends[start]), start) for start in range(stop))
-        cost, begin = min(tokens)
-        best.append((cost + GROUP_COST, begin))
-    sizes, stop = [], len(best) - 1
-    while stop:
-        begin = best[stop][1]
-        sizes.append(ends[stop] - ends[begin])
-        stop = begin
-    return sizes[::-1]
 
 
 def token_states(

@@ -1,6 +1,10 @@
-"""The configuration, the precision and the model that a recipe asks for."""
+"""The configuration, the precision and the model that a recipe asks for.
+
+A configuration is flat, or holds one of its text side and one of its image side.
+"""
 
 import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -27,6 +31,22 @@ def build_config(recipe: Recipe) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(recipe.model.from_pretrained)
     override(config, recipe.model.config)
     return config
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a configuration that tells vocabulary and longest text: that of the text side, or a flat one itself."""
+    return getattr(config, "text_config", config)
+
+
+def image_config(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """The part that tells the size of images: the configuration of the image side, or a flat one itself; None where it sees regions."""
+    flat = config if hasattr(config, "image_size") else None
+    return getattr(config, "vision_config", flat)
+
+
+def image_size(config: PreTrainedConfig) -> int | None:
+    """The side of the images that a model sees, None where its configuration tells none."""
+    return getattr(image_config(config), "image_size", None)
 
 
 def override(config: PreTrainedConfig, values: dict, where: str = "model.config") -> None:
@@ -81,27 +101,46 @@ def chosen_precision(name: str, device: torch.device) -> str:
     return "no" if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2") else "bf16"
 
 
-def build_model(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> PreTrainedModel:
-    """Float32 weights, saved or random; a new text tower gets the vocabulary of the tokenizer.
+def build_model(
+    recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, auto_class: Any = AutoModelForPreTraining
+) -> PreTrainedModel:
+    """Float32 weights, saved or random; a new model gets the vocabulary of the tokenizer.
+
+    Args:
+        auto_class: with `from_pretrained` and `from_config`, the Auto class of what the model is trained for. A head that a saved model
+            lacks is new.
 
     Raises:
-        RecipeError: a tower of `model.towers` that the model does not have or that its weights do not fit.
+        RecipeError: a model without such a head, or a tower of `model.towers` that it does not have or that its weights do not fit.
     """
     attention = {"attn_implementation": recipe.training.attention} if recipe.training.attention else {}
+    if type(config) not in auto_class._model_mapping:
+        raise RecipeError(
+            f"model: {config.model_type} has no class for {auto_class.__name__}; choose another architecture or task"
+        )
     if recipe.model.from_pretrained:
         # half-precision weights would not survive the first step
-        source, wanted = recipe.model.from_pretrained, getattr(config.vision_config, "image_size", None)
-        stored = getattr(AutoConfig.from_pretrained(source).vision_config, "image_size", None)
-        if wanted != stored:
-            config.vision_config.image_size = stored
-        model = AutoModelForPreTraining.from_pretrained(source, config=config, dtype=torch.float32, **attention)
-        if wanted != stored:
+        source, wanted = recipe.model.from_pretrained, image_size(config)
+        before = AutoConfig.from_pretrained(source)
+        if wanted != image_size(before):
+            image_config(config).image_size = image_size(before)
+        model, found = auto_class.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **attention,
+        )
+        refuse_other_sizes(found["mismatched_keys"], before.num_labels, config.num_labels)
+        if wanted != image_size(before):
             resize_images(model, wanted)
         return model
-    config.text_config.vocab_size = len(tokenizer)
+    text = text_config(config)
+    text.vocab_size = len(tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config.text_config, name, getattr(tokenizer, name))
-    model = AutoModelForPreTraining.from_config(config, **attention)
+        setattr(text, name, getattr(tokenizer, name))
+    model = auto_class.from_config(config, **attention)
     for name, source in recipe.model.towers.items():
         try:
             model.base_model.fill_tower(name, source)
@@ -110,9 +149,24 @@ def build_model(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> Pre
     return model
 
 
-def resize_images(model: PreTrainedModel, image_size: int) -> None:
+def refuse_other_sizes(
+    mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], stored: int, wanted: int
+) -> None:
+    """Errs at weights that have not the model's sizes, but for a head that chose from `stored` classes and is to choose from `wanted`.
+
+    Args:
+        mismatched: name, stored shape and the model's, of each of these weights; they are new in the model.
+    """
+    for name, saved, own in mismatched:
+        if (*saved[:1], *own[:1]) != (stored, wanted) or saved[1:] != own[1:]:
+            raise RecipeError(
+                f"model.config: {name} is {list(saved)} in the saved model and would be {list(own)}; leave out what changes its size"
+            )
+
+
+def resize_images(model: PreTrainedModel, size: int) -> None:
     """Go on with images of another size; only a model with a table of positions has to be changed for it."""
     if hasattr(model, "resize_image_positions"):
-        model.resize_image_positions(image_size)
+        model.resize_image_positions(size)
     else:
-        model.config.vision_config.image_size = image_size
+        image_config(model.config).image_size = size

@@ -60,7 +60,7 @@ def parameter_groups(
     return list(groups.values())
 
 
-def optimizer_of(model: nn.Module, recipe: OptimizerRecipe, pairs: int) -> torch.optim.AdamW:
+def optimizer_of(model: nn.Module, recipe: OptimizerRecipe, pairs: int) -> torch.optim.Optimizer:
     """Freezes, groups and builds what a recipe says, for `pairs` pairs a step."""
     freeze(model, recipe.freeze)
     groups = parameter_groups(
@@ -72,7 +72,8 @@ def optimizer_of(model: nn.Module, recipe: OptimizerRecipe, pairs: int) -> torch
         lr_factors=recipe.lr_factors,
         layer_decay=recipe.layer_decay,
     )
-    return adamw(groups, betas=recipe.betas, eps=recipe.eps)
+    build = {"torch": adamw, "transformers": TransformersAdamW}[recipe.update]
+    return build(groups, betas=recipe.betas, eps=recipe.eps)
 
 
 def freeze(model: nn.Module, patterns: list[str] | tuple[str, ...]) -> list[str]:
@@ -105,6 +106,54 @@ def adamw(groups: list[dict], *, betas: tuple[float, float] | list[float], eps: 
     """AdamW with its fused kernel on CPU and CUDA, where one kernel instead of several per tensor does the update."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     return torch.optim.AdamW(groups, betas=tuple(betas), eps=eps, fused=devices <= {"cpu", "cuda"})
+
+
+class TransformersAdamW(torch.optim.Optimizer):
+    """AdamW as transformers had it until its fifth version, which several papers were trained with.
+
+    It differs from torch's in two places: eps is added before the second moment's bias correction, so that it weighs more in the first
+    steps, and weights decay after the update. Parameters without a gradient stay as they are.
+
+    Args:
+        params: groups with `lr` and `weight_decay`. betas, eps: as in torch.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update; `closure`, if given, computes the loss that is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            (beta1, beta2), weights = group["betas"], [p for p in group["params"] if p.grad is not None]
+            for weight in weights:
+                if not self.state[weight]:
+                    self.state[weight] |= {
+                        "step": 0,
+                        "exp_avg": torch.zeros_like(weight),
+                        "exp_avg_sq": torch.zeros_like(weight),
+                    }
+                self.state[weight]["step"] += 1
+            # weights that joined later are at another step
+            for step in sorted({self.state[weight]["step"] for weight in weights}):
+                some = [weight for weight in weights if self.state[weight]["step"] == step]
+                gradients = [weight.grad for weight in some]
+                means, squares = ([self.state[weight][name] for weight in some] for name in ("exp_avg", "exp_avg_sq"))
+                torch._foreach_mul_(means, beta1)
+                torch._foreach_add_(means, gradients, alpha=1 - beta1)
+                torch._foreach_mul_(squares, beta2)
+                torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+                spread = torch._foreach_sqrt(squares)
+                torch._foreach_add_(spread, group["eps"])
+                size = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+                torch._foreach_addcdiv_(some, means, spread, -size)
+                if group["weight_decay"]:
+                    torch._foreach_add_(some, some, alpha=-group["lr"] * group["weight_decay"])
+        return loss
 
 
 def scaled_rate(lr: float, *, batch: int, lr_batch: int | None, rule: str) -> float:

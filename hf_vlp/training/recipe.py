@@ -26,7 +26,7 @@ class ModelRecipe:
     """Which model: `model_type` with a `config` for random weights, or the folder `from_pretrained`.
 
     `towers`: parts of a new model that start from pretrained weights, e.g. `{text_model: google-bert/bert-base-uncased}`; the value is
-    a folder or Hub id that `AutoModel.from_pretrained` loads.
+    a folder or Hub id that `AutoModel.from_pretrained` loads, or where the model takes it a name of timm, `timm/vit_base_patch32_384`.
     """
 
     model_type: str | None = None
@@ -47,11 +47,12 @@ class ProcessorRecipe:
 
     `from_pretrained`: a saved processor (default with `model.from_pretrained`: that folder). `tokenizer`: a tokenizer
     folder or Hub id, a merges file in the layout of CLIP's `bpe_simple_vocab_16e6.txt.gz`, or a `vocab.json` of words in VSE-infinity's
-    layout. Without either a `vocabulary` is trained on the captions: "byte_pairs" in CLIP's layout, "word_pieces" in BERT's, of
-    `vocabulary_size` (4096) entries, or whole "words" seen at least `minimum_count` (4) times. `max_length`: tokens with both
-    marks; if not given 77 for byte pairs, else the tokenizer's own limit, and no more than the model has positions.
+    layout. Without either a `vocabulary` is trained on the training texts, and on those of the files `vocabulary_records`: "byte_pairs"
+    in CLIP's layout, "word_pieces" in BERT's, of `vocabulary_size` (4096) entries, or whole "words" seen at least `minimum_count` (4)
+    times. `max_length`: tokens with both marks; if not given 77 for byte pairs, else the tokenizer's own limit, and no more than the model
+    has positions.
     `image_processor`: further arguments of the image processor (the size comes from the model's config).
-    A saved processor has its tokenizer: `tokenizer`, `vocabulary`, `vocabulary_size` and `minimum_count` beside it are an error;
+    A saved processor has its tokenizer: `tokenizer`, `vocabulary` and what it is made by are an error beside it;
     `max_length`, `text_cleaning` and `image_processor` override what was saved.
     """
 
@@ -59,6 +60,7 @@ class ProcessorRecipe:
     tokenizer: str | None = None
     vocabulary: Literal["byte_pairs", "word_pieces", "words"] | None = None
     vocabulary_size: int | None = None
+    vocabulary_records: list[str] | None = None
     minimum_count: int | None = None
     max_length: int | None = None
     text_cleaning: Literal["clip", "none"] | None = None
@@ -102,8 +104,49 @@ class SizeAugmentationRecipe:
 
 
 @dataclass
+class MaskingRecipe:
+    """Words hidden from the model, which is to name them.
+
+    `probability`: share of the tokens. `whole_words`: all pieces of a word together. Of the chosen tokens 80 % become the mask, 10 %
+    another token, and 10 % stay. `padded_to`: tokens that a text counts as in the share of whole words, if it is not longer; null = its
+    own. `patches`: share of the patches to be predicted, by models that predict patches.
+    """
+
+    probability: float = 0.15
+    whole_words: bool = False
+    padded_to: int | None = None
+    patches: float = 0.15
+
+    def __post_init__(self):
+        for name in ("probability", "patches"):
+            if not 0 < getattr(self, name) < 1:
+                raise RecipeError(f"data.masking.{name} = {getattr(self, name)}: expected a share between 0 and 1")
+        _at_least("data.masking", self, padded_to=1)
+        if self.padded_to is not None and not self.whole_words:
+            raise RecipeError("data.masking.padded_to is for whole words: set data.masking.whole_words, or leave it out")
+
+
+@dataclass
+class AnswersRecipe:
+    """The answers a model chooses from: those of the training records that are seen `minimum_seen` times or more, of these the `top_k`
+    most frequent; or those of `file`, a JSON list of texts or the folder of a model that answers. `count_validation`: those of the
+    validation records count as well, as published models have it.
+    """
+
+    minimum_seen: int = 1
+    top_k: int | None = None
+    count_validation: bool = False
+    file: str | None = None
+
+    def __post_init__(self):
+        _at_least("data.answers", self, minimum_seen=1, top_k=1)
+        if self.file is not None and (self.minimum_seen != 1 or self.top_k is not None or self.count_validation):
+            raise RecipeError("data.answers.file lists the answers: leave it out, or what else is in data.answers")
+
+
+@dataclass
 class DataRecipe:
-    """The pairs. `train`, `validation`, `test`: a .parquet, .jsonl, .json, .csv or .tsv file, an image folder or a Hub
+    """The records. `train`, `validation`, `test`: a .parquet, .jsonl, .json, .csv or .tsv file, an image folder or a Hub
     id (with `*_split`). Karpathy's `dataset_coco.json` or `dataset_flickr30k.json` can stand for all three, with
     `train_split: train`, `validation_split: val`, `test_split: test` and `image_root`.
 
@@ -112,6 +155,10 @@ class DataRecipe:
     is CLIP's own random square crop. `regions`: a region store, whose regions stand for the pictures; a record's `regions`, else its
     `image_id`, is its key there. `cache` keeps the decoded uint8 pictures in memory. `first_caption`: always the
     first of several instead of a drawn one.
+
+    For models that read words and image together: `masking` hides words, `false_images` shows half of the texts of a batch with the image
+    of another record. Fine-tuning for retrieval shows each image with `false_texts` captions of other records beside its own, for
+    questions `answers` says which there are to choose from.
     """
 
     train: str
@@ -127,10 +174,15 @@ class DataRecipe:
     augmentation: dict[str, Any] = field(default_factory=dict)
     regions: str | None = None
     size_augmentation: SizeAugmentationRecipe = field(default_factory=SizeAugmentationRecipe)
+    masking: MaskingRecipe | None = None
+    false_images: bool = False
+    false_texts: int | None = None
+    answers: AnswersRecipe | None = None
     cache: bool = False
     on_bad_record: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self):
+        _at_least("data", self, false_texts=1)
         if self.regions is None and self.size_augmentation.regions:
             raise RecipeError("data.size_augmentation.regions: there are no regions without data.regions, a region store")
         for name in ("augmentation", "cache"):
@@ -145,9 +197,11 @@ class OptimizerRecipe:
     `lr` holds for `lr_batch` pairs a step where that is given and is scaled by `lr_rule` to the run's own batch.
     `lr_factors` multiplies the rate of the matching parameters; `layer_decay` multiplies it once more for every block
     between a parameter and the top of its tower; `no_decay` adds to norms, biases and scales, which do not decay unless
-    `decay` is "all".
+    `decay` is "all". `update`: "torch", or "transformers" for the AdamW that transformers had until its fifth version and several papers
+    were trained with.
     """
 
+    update: Literal["torch", "transformers"] = "torch"
     lr: float = 5e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-6
@@ -170,11 +224,13 @@ class OptimizerRecipe:
 class ScheduleRecipe:
     """The factor on the learning rate: linear warm-up, then `name` down to `end_factor`.
 
+    The warm-up is `warmup_steps` long, or `warmup_share` of the run (0.1: the first tenth of its steps).
     "step" multiplies by `gamma` at each of the `milestones`, which are parts of the whole run (0.6: after 60 % of the steps).
     """
 
     name: Literal["cosine", "linear", "polynomial", "constant", "step"] = "cosine"
     warmup_steps: int = 0
+    warmup_share: float = 0.0
     power: float = 1.0
     end_factor: float = 0.0
     milestones: list[float] = field(default_factory=list)
@@ -182,11 +238,22 @@ class ScheduleRecipe:
 
     def __post_init__(self):
         _at_least("schedule", self, warmup_steps=0, power=0, end_factor=0, gamma=0)
+        if not 0 <= self.warmup_share < 1 or (self.warmup_share and self.warmup_steps):
+            raise RecipeError(
+                f"schedule.warmup_share = {self.warmup_share}: expected a part of the run from 0 to below 1, and none beside "
+                "schedule.warmup_steps"
+            )
         if bool(self.milestones) != (self.name == "step") or not all(0 < part < 1 for part in self.milestones):
             raise RecipeError(
                 f"schedule.milestones = {self.milestones}: expected parts of the run between 0 and 1 with schedule.name = step, "
                 "and none with another"
             )
+
+    def numbers(self, total_steps: int) -> dict[str, Any]:
+        """What `hf_vlp.training.optim.schedule` takes, for a run of `total_steps`."""
+        numbers = dataclasses.asdict(self)
+        share = numbers.pop("warmup_share")
+        return numbers | {"warmup_steps": int(total_steps * share)} if share else numbers
 
 
 @dataclass
@@ -219,7 +286,9 @@ class TrainingRecipe:
     `mixed_precision`: "auto" is bf16 where the device is quick in it, else no; a CPU without AVX-512 is several times slower in it.
     `cached_chunk_size`: pairs (a process) per forward of the cached contrastive step; null = the plain step.
     `evaluate_every`, `save_every`: steps; null = only at the start and the end, and only at the end. `best_metric`: the
-    validation metric (higher is better) that marks the best checkpoint; `final`: which one becomes the saved model.
+    validation metric (higher is better) that marks the best checkpoint, null = the one of the task; `final`: which one becomes the saved
+    model. `evaluate_records`: of each held-out split, the first so many; null = all. `rank_records`: of a model that is pre-trained to
+    score pairs, also ranks the images of the first so many among each other; null = none.
     """
 
     steps: int | None = None
@@ -238,16 +307,18 @@ class TrainingRecipe:
     threads: int | None = None
     log_every: int = 10
     evaluate_every: int | None = None
+    evaluate_records: int | None = None
+    rank_records: int | None = None
     save_every: int | None = None
     keep: int = 2
-    best_metric: str = "validation/rsum"
+    best_metric: str | None = None
     final: Literal["last", "best"] = "last"
 
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
             raise RecipeError("training: give exactly one of training.steps and training.epochs")
         _at_least("training", self, steps=1, epochs=1, batch_size=2, accumulation=1, cached_chunk_size=1, workers=0, threads=1)
-        _at_least("training", self, log_every=1, evaluate_every=1, save_every=1, keep=1, seed=0)
+        _at_least("training", self, log_every=1, evaluate_every=1, evaluate_records=1, rank_records=1, save_every=1, keep=1, seed=0)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise RecipeError(
                 f"training.clip_norm = {self.clip_norm}: expected more than 0 (0 would train nothing), or null for none"
@@ -256,12 +327,16 @@ class TrainingRecipe:
 
 @dataclass
 class Recipe:
-    """One run, whole. `ramps`: `loss_factor`, which multiplies the gradient, and what the model names in its `ramps()`."""
+    """One run, whole. `task`: what a model is fine-tuned for; null = pre-training.
+
+    `ramps`: `loss_factor`, which multiplies the gradient, and what the model names in its `ramps()`.
+    """
 
     model: ModelRecipe
     data: DataRecipe
     training: TrainingRecipe
     name: str = "run"
+    task: Literal["vqa", "nlvr2", "retrieval", "entailment"] | None = None
     processor: ProcessorRecipe = field(default_factory=ProcessorRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
@@ -282,6 +357,10 @@ class Recipe:
             raise RecipeError(
                 "processor.image_processor is for pictures, and data.regions takes their place: leave one of the two out"
             )
+        for name, task in {"masking": None, "false_images": None, "false_texts": "retrieval", "answers": "vqa"}.items():
+            if getattr(self.data, name) and self.task != task:
+                wanted = f"the task {task}" if task else "pre-training, without a task"
+                raise RecipeError(f"data.{name} is for {wanted}, and task = {self.task or 'null'}: leave one of the two out")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

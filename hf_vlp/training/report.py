@@ -94,24 +94,25 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(metrics: str | Path, output: str | Path) -> Path:
-    """Losses, retrieval recalls and the learning rate over the steps, from `metrics.jsonl` to a picture."""
+    """Losses, what was evaluated in percent and the learning rate over the steps, from `metrics.jsonl` to a picture."""
     from matplotlib.figure import Figure
 
     lines = read_metrics(metrics)
     trained = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "evaluation" in line]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    losses, recalls, rates = figure.subplots(1, 3)
+    losses, percent, rates = figure.subplots(1, 3)
     steps = [line["step"] for line in trained]
     hidden = ("scale", "ramp/")
     terms = [name for name in (trained[0] if trained else {}) if name not in _NOT_LOSSES and not any(h in name for h in hidden)]
     # with a single term the total says nothing new
     for name in [name for name in terms if name != "loss" or len(terms) != 2]:
         losses.plot(steps, [line.get(name, math.nan) for line in trained], label=name, linewidth=0.8)
-    for name in _recall_names(evaluated):
+    shares = _share_names(evaluated)
+    for name in shares:
         values = [line["evaluation"].get(name, math.nan) for line in evaluated]
-        style = "--" if "image_to_text" in name else "-"
-        recalls.plot(
+        style = "--" if "image_to_text" in name or name.endswith("majority") else "-"
+        percent.plot(
             [line["step"] for line in evaluated],
             values,
             style,
@@ -119,9 +120,9 @@ def draw_curves(metrics: str | Path, output: str | Path) -> Path:
             label=name.removeprefix("test/").replace("_", " "),
         )
     rates.plot(steps, [line["lr"] for line in trained], color="tab:gray", label="learning rate")
-    split = "on the test split" if any(name.startswith("test/") for name in _recall_names(evaluated)) else ""
-    titles = ("losses", f"zero-shot retrieval {split}, %", "learning rate")
-    for axes, title in zip((losses, recalls, rates), titles, strict=True):
+    split = "test split" if any(name.startswith("test/") for name in shares) else "held out"
+    titles = ("losses", f"{split}, %", "learning rate")
+    for axes, title in zip((losses, percent, rates), titles, strict=True):
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -189,9 +190,10 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _recall_names(evaluated: list[dict[str, Any]]) -> list[str]:
-    """Recalls of the test split if it was evaluated, else all there are."""
-    names = [name for name in (evaluated[0]["evaluation"] if evaluated else {}) if "/R@" in name]
+def _share_names(evaluated: list[dict[str, Any]]) -> list[str]:
+    """Recalls and accuracies of the test split if it was evaluated, else all there are."""
+    percent = ("accuracy", "majority", "consistency")
+    names = [name for name in (evaluated[0]["evaluation"] if evaluated else {}) if "/R@" in name or name.endswith(percent)]
     return [name for name in names if name.startswith("test/")] or names
 
 

@@ -1,57 +1,79 @@
-"""Retrieval on the held-out splits of a run: its tables, its numbers for the card, its picture sheet."""
+"""The held-out splits of a run: what is measured on them, its tables, its numbers for the card, its picture sheet."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from hf_vlp.evaluation.encoding import PictureError, takes_regions
+from hf_vlp.evaluation.encoding import PictureError, evaluating, takes_regions
+from hf_vlp.evaluation.fusion_retrieval import evaluate_fusion_retrieval
 from hf_vlp.evaluation.provenance import command, conditions, shortened
 from hf_vlp.evaluation.retrieval import RetrievalReport, RetrievalSet, evaluate_retrieval
+from hf_vlp.evaluation.tasks import TaskReport
 from hf_vlp.training.recipe import Recipe
 from hf_vlp.training.report import draw_retrieval
 from hf_vlp.training.stream import BatchStream
 
+TERM_BATCH = 32  # examples of a batch of `HeldOutTerms`, whatever the number of processes
+
 
 class HeldOut:
-    """The validation and test splits that a recipe names; calling it evaluates them.
+    """The validation and test splits that a recipe names; a subclass says what is measured of one.
+
+    A report has `metrics` (name -> number), `counts`, `protocol`, `table()` and `to_dict()`.
+
+    task: its name in `results.json`. best_metric: the one by which the best checkpoint is known, higher is better.
 
     Args:
         records: split -> records, or None where the recipe names none.
     """
 
+    task: str
+    best_metric: str
+
     def __init__(self, recipe: Recipe, accelerator: Accelerator, model, processor, records: dict[str, Any]):
         self.recipe, self.accelerator, self.model, self.processor = recipe, accelerator, model, processor
-        keeps = processor if recipe.data.cache else None
-        self.splits = {split: RetrievalSet(rows, keeps) for split, rows in records.items() if rows is not None}
-        self.reports: dict[str, RetrievalReport] = {}
+        self.most = recipe.training.evaluate_records
+        self.splits = {
+            split: self.opened(first(rows, self.most)) for split, rows in records.items() if rows is not None
+        }
+        self.reports: dict[str, Any] = {}
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.training.mixed_precision)
+
+    def opened(self, records: Any) -> Any:
+        """What `measure` takes of the records."""
+        return records
+
+    def measure(self, examples: Any) -> Any:
+        """The report of a split, the same on all processes."""
+        raise NotImplementedError
+
+    def _how(self) -> dict[str, Any]:
+        """What every evaluation of a model is told."""
+        return {"accelerator": self.accelerator, "autocast": self.autocast, "progress": False}
 
     def evaluate(self, stream: BatchStream) -> dict[str, float]:
         """Prints a table for each split and returns their metrics as "<split>/<metric>"; the same on all processes."""
         metrics = {}
-        for split, pairs in self.splits.items():
-            report = self.reports[split] = evaluate_retrieval(
-                self.model,
-                self.processor,
-                pairs,
-                accelerator=self.accelerator,
-                autocast=self.autocast,
-                progress=False,
-            )
+        for split, examples in self.splits.items():
+            report = self.reports[split] = self.measure(examples)
             self.accelerator.print(f"\n{split}, step {stream.progress.step}\n{report.table()}")
             metrics |= {f"{split}/{name}": value for name, value in report.metrics.items()}
         return metrics
 
     def results(self) -> list[dict[str, Any]]:
-        """The last evaluation as entries of `results.json`, from which the card is made."""
+        """The last evaluation as entries of `results.json`, from which the card is made; none of a split without right answers."""
         data = self.recipe.data
         how = conditions(self.model, self.processor, self.autocast)
+        how += f", the first {self.most:,} records at most" if self.most else ""
         return [
             {
-                "task": "retrieval",
+                "task": self.task,
                 "data": shortened(getattr(data, split)),
                 "split": getattr(data, f"{split}_split") or split,
                 **report.to_dict(),
@@ -60,7 +82,69 @@ class HeldOut:
                 "date": date.today().isoformat(),
             }
             for split, report in self.reports.items()
+            if report.metrics
         ]
+
+    def draw_sheet(self, output: str | Path, rows: int = 12) -> Path | None:
+        """A picture of what was found; None where there is nothing to see."""
+        return None
+
+
+def first(records: Any, count: int | None) -> Any:
+    """The first so many records, all of them if not given."""
+    if count is None or count >= len(records):
+        return records
+    return records.select(range(count)) if hasattr(records, "select") else records[:count]
+
+
+def draw_found(report: RetrievalReport, images: RetrievalSet, output: str | Path, rows: int = 12) -> Path:
+    """Captions, evenly chosen, with their five best pictures."""
+    found = report.top(min(5, len(images)))
+    found = found[:: max(1, len(found) // rows)][:rows]
+    return draw_retrieval(
+        [text for text, _, _ in found],
+        [[images[index]["image"] for index in indices] for _, _, indices in found],
+        [[index == own for index in indices] for _, own, indices in found],
+        output,
+    )
+
+
+class HeldOutTask(HeldOut):
+    """A task for which each record has a right answer.
+
+    Args:
+        task: its name. answer: (model, processor, records, accelerator=, autocast=, progress=) -> a report whose metrics have `accuracy`.
+    """
+
+    best_metric = "validation/accuracy"
+
+    def __init__(self, *arguments, task: str, answer: Callable[..., TaskReport]):
+        self.task, self.answer = task, answer
+        super().__init__(*arguments)
+
+    def measure(self, examples: Any) -> TaskReport:
+        return self.answer(self.model, self.processor, examples, **self._how())
+
+
+class HeldOutRetrieval(HeldOut):
+    """Retrieval by two towers, or by `rank` where that is given.
+
+    Args:
+        rank: (model, processor, pairs, accelerator=, autocast=, progress=) -> a `RetrievalReport`.
+    """
+
+    task = "retrieval"
+    best_metric = "validation/rsum"
+
+    def __init__(self, *arguments, rank: Callable[..., RetrievalReport] = evaluate_retrieval):
+        self.rank = rank
+        super().__init__(*arguments)
+
+    def opened(self, records: Any) -> RetrievalSet:
+        return RetrievalSet(records, self.processor if self.recipe.data.cache else None)
+
+    def measure(self, examples: RetrievalSet) -> RetrievalReport:
+        return self.rank(self.model, self.processor, examples, **self._how())
 
     def draw_sheet(self, output: str | Path, rows: int = 12) -> Path | None:
         """Captions of the last split, evenly chosen, with their five best pictures.
@@ -70,18 +154,98 @@ class HeldOut:
         if not self.reports:
             return None
         split, report = list(self.reports.items())[-1]
-        images = self.splits[split]
-        found = report.top(min(5, len(images)))
-        found = found[:: max(1, len(found) // rows)][:rows]
         try:
-            pictures = [[images[index]["image"] for index in indices] for _, _, indices in found]
+            return draw_found(report, self.splits[split], output, rows)
         except PictureError:
             if takes_regions(self.processor):
                 return None
             raise
-        return draw_retrieval(
-            [text for text, _, _ in found],
-            pictures,
-            [[index == own for index in indices] for _, own, indices in found],
-            output,
+
+
+@dataclass
+class TermReport:
+    """How well the terms of pre-training are solved on held-out examples.
+
+    metrics: `<term>/accuracy` in percent of every term that predicts classes, `accuracy`, their mean, and `<term>/loss`; those of the
+    ranking, if any, as well.
+    counts: `examples`, and what each term predicted. ranking: of some of the examples' images among each other.
+    """
+
+    metrics: dict[str, float]
+    counts: dict[str, int]
+    protocol: str
+    ranking: RetrievalReport | None = None
+
+    def table(self) -> str:
+        """The metrics as an aligned plain-text table."""
+        terms = [name.removesuffix("/loss") for name in self.metrics if name.endswith("/loss")]
+        lines = [f"{'':<8}{'accuracy %':>12}{'loss':>10}"]
+        for term in terms:
+            right = self.metrics.get(f"{term}/accuracy")
+            lines.append(f"{term:<8}{'' if right is None else f'{right:.1f}':>12}{self.metrics[f'{term}/loss']:>10.3f}")
+        return "\n".join(lines if self.ranking is None else [*lines, self.ranking.table()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers alone, for JSON."""
+        return {"metrics": dict(self.metrics), "counts": dict(self.counts), "protocol": self.protocol}
+
+
+class HeldOutTerms(HeldOut):
+    """The terms of pre-training themselves, for models that embed no side alone.
+
+    Args:
+        open_batches: records -> a data set as training has one, and what makes a batch of its items. Both draw from their own seeds, so
+            every evaluation sees the same batches.
+    """
+
+    task = "pre-training"
+    best_metric = "validation/accuracy"
+
+    def __init__(self, *arguments, open_batches: Callable[[Any], tuple[Sequence[Any], Callable]]):
+        self.open_batches = open_batches
+        super().__init__(*arguments)
+
+    def opened(self, records: Any) -> tuple[Sequence[Any], Callable, RetrievalSet | None]:
+        ranked = self.recipe.training.rank_records
+        return *self.open_batches(records), RetrievalSet(first(records, ranked)) if ranked else None
+
+    def measure(self, opened: tuple[Sequence[Any], Callable, RetrievalSet | None]) -> TermReport:
+        examples, collate, ranked = opened
+        accelerator, device = self.accelerator, self.accelerator.device
+        starts = range(0, len(examples), TERM_BATCH)[accelerator.process_index :: accelerator.num_processes]
+        sums: dict[str, dict[str, float]] = {"losses": {}, "correct": {}, "counts": {}}
+        with evaluating(self.model, accelerator) as model, torch.no_grad():
+            for start in starts:
+                batch = collate([examples[row] for row in range(start, min(start + TERM_BATCH, len(examples)))])
+                batch = {name: value.to(device) for name, value in batch.items()}
+                with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                    output = model(**batch)
+                for kind, totals in sums.items():
+                    weight = len(batch["input_ids"]) if kind == "losses" else 1
+                    for term, value in output[kind].items():
+                        totals[term] = totals.get(term, 0.0) + weight * float(value)
+        everyones = gather_object([sums])
+        terms = {kind: list(dict.fromkeys(term for part in everyones for term in part[kind])) for kind in sums}
+        losses, correct, counts = (
+            {term: sum(part[kind].get(term, 0.0) for part in everyones) for term in terms[kind]} for kind in sums
         )
+        shares = {term: 100 * right / counts[term] for term, right in correct.items() if counts[term]}
+        metrics = {f"{term}/accuracy": share for term, share in shares.items()}
+        metrics |= {f"{term}/loss": total / len(examples) for term, total in losses.items()}
+        metrics["accuracy"] = sum(shares.values()) / max(1, len(shares))
+        predicted = {f"{term} predictions": int(count) for term, count in counts.items()}
+        counts = {"examples": len(examples), **predicted}
+        protocol = "masks and false images drawn once, the same at every evaluation"
+        ranking = evaluate_fusion_retrieval(self.model, self.processor, ranked, **self._how()) if ranked else None
+        if ranking is not None:
+            metrics |= ranking.metrics
+            counts |= ranking.counts
+            protocol += f"; ranked {ranking.protocol}"
+        return TermReport(metrics, counts, protocol, ranking)
+
+    def draw_sheet(self, output: str | Path, rows: int = 12) -> Path | None:
+        """Captions of the last split that was ranked, with their five best pictures; None where none was."""
+        for split, report in reversed(self.reports.items()):
+            if report.ranking is not None:
+                return draw_found(report.ranking, self.splits[split][2], output, rows)
+        return None

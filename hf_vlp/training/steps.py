@@ -20,9 +20,9 @@ Batch = dict[str, torch.Tensor]
 Step = Callable[[Accelerator, nn.Module, list[Batch]], dict[str, torch.Tensor]]
 
 
-def choose_step(cached_chunk_size: int | None, accumulation: int) -> Step:
-    """The step a recipe asks for; warns where accumulation would quietly mean fewer negatives."""
-    if accumulation > 1:
+def choose_step(cached_chunk_size: int | None, accumulation: int, contrasts: bool = True) -> Step:
+    """The step a recipe asks for; warns where accumulation would quietly mean fewer negatives, of a model that `contrasts` a batch."""
+    if accumulation > 1 and contrasts:
         warnings.warn(
             f"training.accumulation = {accumulation}: each accumulated batch is contrasted with itself only, which is "
             "not the loss of one large batch. For that raise training.batch_size and set training.cached_chunk_size.",

@@ -20,7 +20,7 @@ class BatchStream:
         rank, processes: this process takes the rank-th of `processes` equal parts of every global batch.
         workers: loader processes, restarted every epoch so that they know it.
         seed: of the workers; the loader draws nothing from torch's global generator, or resuming would shift it.
-        channels_last: memory format of `pixel_values`.
+        channels_last: memory format of pictures [B, 3, H, W].
         epoch_ended: called with the number of each epoch that was used up.
 
     Raises:
@@ -92,6 +92,7 @@ class BatchStream:
 
     def _placed(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         placed = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        if self.channels_last and "pixel_values" in placed:
-            placed["pixel_values"] = placed["pixel_values"].contiguous(memory_format=torch.channels_last)
+        for key, value in placed.items():
+            if self.channels_last and key.endswith("pixel_values") and value.ndim == 4:
+                placed[key] = value.contiguous(memory_format=torch.channels_last)
         return placed

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 # What a tiny model does in a moment; the others are only parsed here, and run by tests of their own.
 RUN = (
     "examples/evaluate.py",
+    "examples/explain.py",
     "examples/extract_regions.py",
     "examples/search.py",
     "hf_vlp.data.regions",
@@ -126,7 +127,7 @@ def _stop_after_parsing():
             depth.pop()
         if depth:  # a sub-command's parser inside its parser
             return options, rest
-        takes_the_rest = parser.prog.startswith("pretrain")
+        takes_the_rest = parser.prog.startswith(("pretrain", "finetune"))  # recipe keys
         if rest and not takes_the_rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         raise _Parsed(options, rest)

@@ -16,10 +16,12 @@ from hf_vlp.models.clip.configuration_clip import (
     VlpClipTextConfig,
     VlpClipVisionConfig,
 )
+from hf_vlp.models.vilt.configuration_vilt import VlpViltConfig
 from hf_vlp.models.vse.configuration_vse import VlpVseConfig, VlpVseGridConfig, VlpVseGruConfig
 
 VOCABULARY, START, END = 40, 38, 39  # the end token also pads
 CLASSES = 5
+TEXTS = 3  # an image, in retrieval by a model that reads both sides together
 WORDS = (3, 30)  # ids of ordinary words
 REGION = 12  # width of a region's features
 
@@ -30,6 +32,7 @@ class Row:
 
     model: "module:Class" as in `hf_vlp.auto.TABLE`. config: builds the tiny configuration. inputs: batch keys of the forward.
     size: side R of its images, other_size: a height and width that is not the trained one. cell: pixels along a cell of its grid.
+    reads_both: words and image are read together, so that neither is embedded alone. weights: of terms of a loss, 1 if not given.
     attention: False where no layer attends. unit: False where the configuration leaves embeddings as long as they are.
     lora: projections that adapters replace.
     recorded: path in the output -> number of (hidden states, attention maps) that are recorded there.
@@ -44,6 +47,8 @@ class Row:
     size: int = 32
     other_size: tuple[int, int] = (40, 48)
     cell: int = 32
+    reads_both: bool = False
+    weights: dict[str, float] = field(default_factory=dict)
     attention: bool = True
     unit: bool = True
     lora: tuple[str, ...] = ("q_proj", "v_proj")
@@ -80,6 +85,18 @@ class Row:
     @property
     def has_pair(self) -> bool:
         return self.has_text and (self.has_image or self.has_regions)
+
+    @property
+    def text_inputs(self) -> dict[str, int]:
+        """Batch keys of the text side, and what pads them."""
+        pads = {"input_ids": END, "attention_mask": 0, "mlm_input_ids": END, "mlm_labels": -100}
+        if self.model.endswith("ForMaskedLM"):
+            pads["labels"] = -100
+        return {name: value for name, value in pads.items() if name in self.inputs}
+
+    @property
+    def predicts_words(self) -> bool:
+        return "mlm_labels" in self.inputs or self.model.endswith("ForMaskedLM")
 
     @property
     def image_inputs(self) -> tuple[str, ...]:
@@ -134,7 +151,52 @@ class Row:
             made["image_ids"] = torch.tensor([7, 7, 8, 9, 10, 11])[:rows]
         if "labels" in self.inputs:
             made["labels"] = torch.randint(CLASSES, (rows,), generator=draw)
-        return made
+        return self.read_together(made, draw) if self.reads_both else made
+
+    def read_together(self, made: dict[str, torch.Tensor], draw: torch.Generator) -> dict[str, torch.Tensor]:
+        """What models that read both sides together are handed: images of several sizes, the first as large as the canvas, and targets."""
+        rows, height, width = len(made["input_ids"]), *made["pixel_values"].shape[-2:]
+        sizes = [(height, width), (height, width - 8), (height - 8, width), (8, 16), (height, 8), (height, width)]
+
+        def padded(sizes) -> torch.Tensor:
+            mask = torch.zeros(len(sizes), height, width, dtype=torch.long)
+            for row, (h, w) in enumerate(sizes):
+                mask[row, :h, :w] = 1
+            return mask
+
+        made["pixel_mask"] = padded(sizes[:rows])
+        if "itm_labels" in self.inputs:
+            made["itm_labels"] = torch.tensor([1, 0, 0, 1, 1, 0])[:rows]
+            made["itm_pixel_mask"] = padded(sizes[::-1][:rows])
+            made["itm_pixel_values"] = torch.randn(rows, 3, height, width, generator=draw)
+        task = self.model.partition(":VlpVilt")[2]
+        if task == "ForVisualReasoning":
+            made["labels"] = torch.tensor([1, 0, 1, 1, 0, 0])[:rows]
+            made["pixel_mask"] = torch.stack([made["pixel_mask"], padded(sizes[::-1][:rows])], dim=1)
+            made["pixel_values"] = torch.randn(rows, 2, 3, height, width, generator=draw)
+        elif task == "ForVisualQuestionAnswering":
+            made["labels"] = torch.rand(rows, CLASSES, generator=draw)
+        elif task == "ForImageTextRetrieval":
+            made["labels"] = torch.zeros(rows, dtype=torch.long)
+            shifts = [
+                torch.where(made["input_ids"] == END, END, (made["input_ids"] + 5 * k) % 25) for k in range(TEXTS)
+            ]
+            made["input_ids"] = torch.stack(shifts, dim=1)
+            made["attention_mask"] = made["attention_mask"].unsqueeze(1).expand(-1, TEXTS, -1).contiguous()
+        masked = torch.rand(made["input_ids"].shape, generator=draw) < 0.4
+        masked = masked & made["attention_mask"].bool()
+        if task == "ForMaskedLM":
+            made["labels"] = torch.where(masked, made["input_ids"], -100)
+        if "mlm_labels" in self.inputs:
+            made["mlm_labels"] = torch.where(masked, made["input_ids"], -100)
+            made["mlm_input_ids"] = torch.where(masked, 2, made["input_ids"])
+        if "mpp_mask" in self.inputs:
+            patches = (height // 8) * (width // 8)
+            made["mpp_mask"], made["mpp_replace"] = (torch.rand(2, rows, patches, generator=draw) < 0.6).long()
+        for name in ("pixel_values", "itm_pixel_values"):
+            if name in made:
+                made[name] = made[name] * made[name.replace("values", "mask")].unsqueeze(-3)
+        return {name: made[name] for name in self.inputs}
 
     @staticmethod
     def sets(longest: int, rows: int) -> torch.Tensor:
@@ -209,6 +271,13 @@ def vse_config(text=bert_config, vision=None, **fields) -> Callable[[], VlpVseCo
     return build
 
 
+def vilt_config(**fields) -> Callable[[], VlpViltConfig]:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    tables = {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "image_size": 32, "patch_size": 8}
+    rest = {"hidden_dropout_prob": 0.0, "pad_token_id": END, "initializer_range": 0.2}
+    return lambda: VlpViltConfig(**sizes, **tables, **rest, **fields)
+
+
 RESNET = {"size": 64, "other_size": (96, 64), "checkpoints": ("Block", "Bottleneck")}
 FOREIGN = {"lora": ("query", "value"), "checkpoints": ("BertLayer",)}
 PAIR = ("input_ids", "attention_mask", "pixel_values")
@@ -224,6 +293,13 @@ SMALL = {"size": 64, "other_size": (96, 64)}
 GRID = {"size": 32, "other_size": (48, 32), "cell": 16, "checkpoints": ("StridedBottleneck",)}
 BERT = {"lora": ("query", "value"), "checkpoints": ("BertLayer",)}
 GRU = {"attention": False, "lora": ("embeddings", "visual_projection")}
+
+VILT, VILT_TASKS = "vilt.modeling_vilt:VlpVilt", "vilt.tasks_vilt:VlpViltFor"
+BOTH = (*PAIR, "pixel_mask")
+MASKED_WORDS = ("mlm_input_ids", "mlm_labels")
+MATCHING = ("itm_pixel_values", "itm_pixel_mask", "itm_labels")
+STREAM = {"reads_both": True, "recorded": {"": (3, 2)}}
+TERMS = {"reads_both": True, "weights": {"wpa": 0.1}}
 
 ROWS = [
     Row(
@@ -325,4 +401,31 @@ ROWS = [
         **BERT,
     ),
     Row(VSE_PRETRAINING, "bert-timm", vse_config(bert_config, TIMM), (*PAIR, "image_ids"), **SMALL, **BERT),
+    Row(f"{VILT}Model", "mixed-sizes", vilt_config(), BOTH, **STREAM),
+    Row(f"{VILT}ForPreTraining", "mlm-itm-wpa", vilt_config(), (*BOTH, *MASKED_WORDS, *MATCHING, "image_ids"), **TERMS),
+    Row(
+        f"{VILT}ForPreTraining",
+        "all",
+        vilt_config(mpp_weight=1.0),
+        (*BOTH, *MASKED_WORDS, *MATCHING, "mpp_mask", "mpp_replace"),
+        **TERMS,
+    ),
+    Row(f"{VILT}ForPreTraining", "itm", vilt_config(mlm_weight=0, wpa_weight=0), (*BOTH, *MATCHING), **TERMS),
+    Row(f"{VILT_TASKS}MaskedLM", "mixed-sizes", vilt_config(), (*BOTH, "labels"), **STREAM),
+    Row(
+        f"{VILT_TASKS}ImageTextRetrieval",
+        "three-texts",
+        vilt_config(),
+        (*BOTH, "labels"),
+        reads_both=True,
+        no_gradient=("k_proj.bias", "rank_head.bias"),
+    ),
+    Row(
+        f"{VILT_TASKS}VisualQuestionAnswering",
+        "soft-scores",
+        vilt_config(num_labels=CLASSES),
+        (*BOTH, "labels"),
+        **STREAM,
+    ),
+    Row(f"{VILT_TASKS}VisualReasoning", "two-images", vilt_config(), (*BOTH, "labels"), reads_both=True),
 ]

@@ -78,7 +78,8 @@ def named_tensors(value, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def run(model, batch, **kwargs) -> dict[str, torch.Tensor]:
-    return dict(named_tensors(model(**batch, **kwargs)))
+    """Every float of the output."""
+    return {name: tensor for name, tensor in named_tensors(model(**batch, **kwargs)) if tensor.is_floating_point()}
 
 
 def scalar(output) -> torch.Tensor:
@@ -86,14 +87,16 @@ def scalar(output) -> torch.Tensor:
     if output.get("loss") is not None:
         return output["loss"]
     return sum(
-        (tensor * torch.arange(tensor.numel()).cos().view(tensor.shape)).sum() for _, tensor in named_tensors(output)
+        (tensor * torch.arange(tensor.numel()).cos().view(tensor.shape)).sum()
+        for _, tensor in named_tensors(output)
+        if tensor.is_floating_point()
     )
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor | None]:
     model.zero_grad()
     scalar(model(**batch)).backward()
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def largest_difference(one: dict, other: dict) -> float:
@@ -215,7 +218,7 @@ def test_return_dict_false_gives_the_same_as_a_tuple(subject):
     with torch.no_grad():
         as_tuple = subject.model(**subject.batch, return_dict=False)
     assert type(as_tuple) is tuple
-    tensors = [tensor for _, tensor in named_tensors(as_tuple)]
+    tensors = [tensor for _, tensor in named_tensors(as_tuple) if tensor.is_floating_point()]
     assert len(tensors) == len(subject.outputs)
     assert all(torch.equal(a, b) for a, b in zip(tensors, subject.outputs.values(), strict=True))
 
@@ -238,23 +241,36 @@ def test_a_row_does_not_see_its_neighbours(subject):
 
 
 def without_padding(outputs: dict, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What padding must not touch: all but token states; of a tower that pools nothing, the states where `mask` is 1."""
-    pooled = {name: tensor for name, tensor in outputs.items() if "last_hidden_state" not in name}
+    """What padding must not touch: all but token states; of a tower that pools nothing, the states where `mask` is 1, and so of logits
+    of tokens."""
+    pooled = {
+        name: tensor[:, : mask.shape[-1]][mask.bool()] if name == ".logits" and tensor.ndim == 3 else tensor
+        for name, tensor in outputs.items()
+        if "hidden_state" not in name
+    }
     return pooled or {name: tensor[:, : mask.shape[1]][mask.bool()] for name, tensor in outputs.items()}
+
+
+def wider_texts(row: Row, batch: dict, more: int = 4) -> dict:
+    """The batch with every text padded by some positions more."""
+    pads = row.text_inputs
+    return {
+        name: torch.nn.functional.pad(tensor, (0, more), value=pads[name]) if name in pads else tensor
+        for name, tensor in batch.items()
+    }
 
 
 @rows(lambda row: row.has_text)
 def test_padding_does_not_matter(subject):
-    wider = dict(subject.batch)
-    wider["input_ids"] = torch.nn.functional.pad(subject.batch["input_ids"], (0, 4), value=END)
-    wider["attention_mask"] = torch.nn.functional.pad(subject.batch["attention_mask"], (0, 4))
+    wider = wider_texts(subject.row, subject.batch)
     mask = subject.batch["attention_mask"]
     expected, padded = without_padding(subject.outputs, mask), without_padding(run(subject.model, wider), mask)
     for name in expected:
         assert torch.allclose(padded[name], expected[name], atol=1e-5), name
 
-    changed = dict(subject.batch, input_ids=subject.batch["input_ids"].clone())
-    changed["input_ids"][:, 1] = changed["input_ids"][:, 1] % 20 + 4
+    changed = {name: tensor.clone() for name, tensor in subject.batch.items()}
+    for name in {"input_ids", "mlm_input_ids"} & set(changed):
+        changed[name][:, 1] = changed[name][:, 1] % 20 + 4
     other = without_padding(run(subject.model, changed), mask)
     text_sided = [name for name in expected if "vision" not in name and "image_embeds" not in name]
     assert text_sided and all(not torch.allclose(other[name], expected[name], atol=1e-5) for name in text_sided)
@@ -263,7 +279,7 @@ def test_padding_does_not_matter(subject):
 @rows(lambda row: row.has_text)
 def test_a_text_shorter_than_the_batch_needs_no_padding(subject):
     row = {name: tensor[3:4] for name, tensor in subject.batch.items()}
-    cut = {name: tensor[:, :4] if name in ("input_ids", "attention_mask") else tensor for name, tensor in row.items()}
+    cut = {name: tensor[..., :4] if name in subject.row.text_inputs else tensor for name, tensor in row.items()}
     whole = without_padding(run(subject.model, row), row["attention_mask"])
     short = without_padding(run(subject.model, cut), cut["attention_mask"])
     assert whole and all(torch.allclose(whole[name], short[name], atol=1e-5) for name in whole)
@@ -311,7 +327,7 @@ def test_images_of_another_size(subject):
     other = subject.row.batch(size=subject.row.other_size)
     outputs = run(subject.model, other)
     assert all(tensor.isfinite().all() for tensor in outputs.values())
-    same = [name for name in outputs if "last_hidden_state" not in name]
+    same = [name for name in outputs if "hidden_state" not in name]
     assert all(outputs[name].shape == subject.outputs[name].shape for name in same)
     again = run(subject.model, subject.batch)
     assert all(torch.equal(tensor, again[name]) for name, tensor in subject.outputs.items())
@@ -427,7 +443,9 @@ def test_every_parameter_gets_a_gradient(subject):
 @rows(lambda row: row.model.endswith("ForPreTraining"))
 def test_losses_are_named_and_sum_to_the_loss(subject):
     output = subject.model(**subject.batch)
-    assert output.losses and torch.equal(sum(output.losses.values()), output.loss)
+    weights = subject.row.weights
+    assert output.losses and set(weights) <= set(output.losses) | {"wpa"}
+    assert torch.equal(sum(weights.get(name, 1) * term for name, term in output.losses.items()), output.loss)
     assert output.loss.ndim == 0 and output.loss.dtype == torch.float32
 
 
@@ -516,7 +534,7 @@ def test_blocks_that_must_stay_whole_are_named(subject):
 # The vocabulary
 
 
-@rows(lambda row: row.has_text)
+@rows(lambda row: row.has_text and not row.predicts_words)
 def test_new_tokens_leave_old_texts_alone(subject, tmp_path):
     model = subject.load()
     model.resize_token_embeddings(VOCABULARY + 6)
@@ -547,7 +565,7 @@ def test_end_of_text_is_pooled_though_an_added_token_has_a_larger_id(subject):
     assert torch.equal(tower(batch["input_ids"]).pooler_output, output.last_hidden_state[:, 1])
 
 
-@rows(lambda row: row.own_text_tower)
+@rows(lambda row: row.own_text_tower and not row.reads_both)
 def test_token_embeddings_may_be_given(subject):
     tower, ids = text_tower(subject.model), subject.batch["input_ids"]
     embeds = tower.get_input_embeddings()(ids)
@@ -578,7 +596,7 @@ def verbs(row: Row) -> dict[str, tuple[str, ...]]:
     return {verb: needed for verb, needed in inputs.items() if hasattr(row.model_class, verb)}
 
 
-@rows(lambda row: row.has_pair)
+@rows(lambda row: row.has_pair and not row.reads_both)
 def test_features_equal_the_forward_and_are_unit_rows_where_the_configuration_says_so(subject):
     row = subject.row
     called = {
@@ -600,7 +618,7 @@ def test_features_equal_the_forward_and_are_unit_rows_where_the_configuration_sa
     assert not torch.allclose(subject.model.score_pairs(**pair), mixed, atol=1e-3)
 
 
-@rows(lambda row: row.model.endswith("ForPreTraining"))
+@rows(lambda row: row.model.endswith("ForPreTraining") and not row.reads_both)
 def test_the_loss_equals_the_base_models_logits_turned_into_a_loss(subject):
     """Training computes the last block for the pooled row alone; the full forward must give the same loss and gradients."""
     model = subject.load()

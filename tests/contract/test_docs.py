@@ -22,10 +22,11 @@ from transformers import (
     YolosImageProcessor,
 )
 
+import hf_vlp
 from hf_vlp.training.recipe import RecipeError, load_recipe
 from tests.contract.documents import ROOT, Program, blocks, commands, header_commands, programs
 from tests.contract.loopback_hub import Hub, environment
-from tests.contract.tiny import save_tiny_clip, save_tiny_vse
+from tests.contract.tiny import save_tiny_clip, save_tiny_vilt, save_tiny_vse
 
 README, CARDS = ROOT / "README.md", ROOT / "MODEL_CARDS.md"
 DOCUMENTS = (README, CARDS, ROOT / "examples" / "data" / "emoji" / "README.md")
@@ -33,6 +34,7 @@ LANGUAGES = ("", "python", "bash", "json", "yaml", "sh", "console", "text")
 SCRIPTS = sorted(
     [*(ROOT / "examples").glob("*.py"), *(ROOT / "conversion").glob("*.py"), *(ROOT / "examples").glob("configs/*")]
 )
+ANSWERS = ("yes", "no", "two", "a boat")
 NUMBERS = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -47,6 +49,15 @@ def reader(tmp_path_factory) -> Path:
     save_tiny_vse(folder / "runs" / "vse_emoji_region", region_size=32)
     save_tiny_vse(folder / "vse-coco-grid")
     save_tiny_vse(folder / "vse-coco-region", region_size=2048)
+    save_tiny_vilt(folder / "runs" / "vilt_emoji", hf_vlp.VlpViltForPreTraining)
+    for name in ("runs/vilt_retrieval_emoji", "vilt-retrieval"):
+        save_tiny_vilt(folder / name, hf_vlp.VlpViltForImageTextRetrieval)
+    answers = {"id2label": dict(enumerate(ANSWERS)), "label2id": {answer: place for place, answer in enumerate(ANSWERS)}}
+    for name in ("runs/vilt_vqa_emoji", "vilt-vqa"):
+        save_tiny_vilt(folder / name, hf_vlp.VlpViltForVisualQuestionAnswering, **answers)
+    save_tiny_vilt(folder / "runs" / "vilt_nlvr2_emoji", hf_vlp.VlpViltForVisualReasoning)
+    done = [sys.executable, ROOT / "examples/data/scenes.py", "--output", folder / "scenes", "--scenes", "200"]
+    subprocess.run([*done, "--tasks", "captions", "vqa", "nlvr2"], check=True, capture_output=True)
     precomputed = folder / "data" / "coco" / "precomp"
     precomputed.mkdir(parents=True)
     np.save(precomputed / "testall_ims.npy", np.random.default_rng(0).random((6, 36, 2048), np.float32))
@@ -133,7 +144,7 @@ def check(words: list[str]) -> None:
         assert words[1:] in known[words[0]], words
         return
     options, rest = program.parse()
-    if program.name == "examples/pretrain.py":
+    if program.name in ("examples/pretrain.py", "examples/finetune.py"):
         load_recipe(options.config, rest)
     given = [word for word in program.arguments if word.startswith(("examples/", "tests/"))]
     assert all((ROOT / word).exists() for word in given), given

@@ -12,13 +12,19 @@ import transformers
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from hf_vlp import (
+    VlpViltForImageTextRetrieval,
+    VlpViltForPreTraining,
+    VlpViltForVisualQuestionAnswering,
+    VlpViltForVisualReasoning,
+)
 from hf_vlp.evaluation.ensemble import SavedScores, write_scores
 from hf_vlp.evaluation.provenance import command, conditions, shortened
 from hf_vlp.evaluation.retrieval import score_metrics
 from hf_vlp.inputs.region_feature_extractor import VlpRegionFeatureExtractor
 from hf_vlp.inputs.region_store import write_region_store
 from hf_vlp.inputs.regions import RegionFeatures
-from tests.contract.tiny import save_tiny_clip
+from tests.contract.tiny import save_tiny_clip, save_tiny_vilt
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "evaluate.py"
@@ -32,6 +38,7 @@ def evaluate(tmp_path, monkeypatch, tmp_path_factory):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     save_tiny_clip(tmp_path / "tiny")
     for colour in COLOURS:
         Image.new("RGB", (9, 7), colour).save(f"{colour}.png")
@@ -155,6 +162,112 @@ def test_crisscrossed_captions(evaluate):
     assert result["counts"]["text_to_image/without_positive"] == 1
     with pytest.raises(SystemExit, match="the model tiny sees pictures, not regions"):
         evaluate(*words, "--annotations", "cxc", "--region-store", "absent.regions")
+
+
+def write_pairs() -> None:
+    names = ("red apple", "sleeping face", "ship", "boat", "two dogs", "snow")  # words of the tiny vocabularies
+    rows = [{"image": f"{c}.png", "captions": [f"a {n}", f"a picture of {n}"]} for c, n in zip(COLOURS, names)]
+    write_rows("pairs.jsonl", rows)
+
+
+def test_retrieval_by_a_model_that_scores_pairs(evaluate, capsys):
+    write_pairs()
+    save_tiny_clip(Path("towers"))
+    save_tiny_vilt(Path("tiny"), VlpViltForPreTraining)
+    words = ["--task", "retrieval", "--data", "pairs.jsonl"]
+    (whole,) = evaluate(*words, "--pair-batch-size", "5", "--save-scores", "all.safetensors")
+    printed = capsys.readouterr().out
+    assert "72 pairs of 6 images and 12 captions to score" in printed and "pairs a second" in printed
+    assert "every pair scored" in whole["protocol"] and whole["counts"]["captions"] == 12
+    # pre-training's matching head has become the rank head
+    model = VlpViltForPreTraining.from_pretrained("tiny").eval()
+    batch = transformers.AutoProcessor.from_pretrained("tiny")(Image.open("red.png"), "a red apple")
+    with torch.no_grad():
+        assert SavedScores("all.safetensors")[0:1][0, 0].item() == pytest.approx(
+            float(model.score_pairs(**batch)), abs=1e-5
+        )
+    two = ["--candidates", "towers", "--k", "2", "3"]
+    fewer = evaluate(*words, *two)[-1]
+    assert "towers proposes k = 2 images for each caption and 3 captions for each image" in fewer["protocol"]
+    assert fewer["counts"]["pairs_scored"] < 72 and "the candidates of towers alone" in capsys.readouterr().out
+    every = evaluate(*words, "--candidates", "all.safetensors", "--k", "6", "12", "--resume", "p.safetensors")[-1]
+    assert every["metrics"] == whole["metrics"] and len(evaluate(*words)) == 3
+    evaluate(*words, "--resume", "p.safetensors")
+    assert "0 pairs of 6 images and 12 captions to score, 72 more are there already" in capsys.readouterr().out
+    for options, message in (
+        (["--candidates", "towers"], "give both or neither"),
+        ([*two, "--save-scores", "x.safetensors"], "--save-scores needs the scores of all pairs"),
+        ([*two[:2], "--k", "1", "2", "3"], "--k 1 2 3: give one number"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            evaluate(*words, *options)
+    with pytest.raises(ValueError, match="k = 7 images for each caption: there are 6"):
+        evaluate(*words, "--candidates", "towers", "--k", "7")
+    write_rows("other.jsonl", [{"image": "red.png", "captions": ["a ship"]}])
+    with pytest.raises(ValueError, match="all.safetensors holds scores of other captions"):
+        evaluate(*words[:3], "other.jsonl", "--candidates", "all.safetensors", "--k", "1")
+
+
+def test_towers_need_no_candidates(evaluate):
+    write_pairs()
+    with pytest.raises(SystemExit, match="--k is for models that score pairs; tiny embeds each side alone"):
+        evaluate("--task", "retrieval", "--data", "pairs.jsonl", "--k", "3")
+
+
+def test_questions_and_their_submission(evaluate):
+    labels = {"id2label": {0: "ship", 1: "face", 2: "boat"}, "label2id": {"ship": 0, "face": 1, "boat": 2}}
+    save_tiny_vilt(Path("tiny"), VlpViltForVisualQuestionAnswering, **labels)
+    rows = [
+        {"image": f"{c}.png", "question": f"what is {c}", "question_id": n, "answer_type": ("other", "yes/no")[n % 2]}
+        for n, c in enumerate(COLOURS)
+    ]
+    write_rows("test.jsonl", rows)
+    words = ["--task", "vqa", "--data"]
+    (bare,) = evaluate(*words, "test.jsonl", "--submission", "answers.json")
+    answers = json.loads(Path("answers.json").read_text())
+    assert bare["metrics"] == {} and [one["question_id"] for one in answers] == list(range(6))
+    told = [row | {"answers": [{"answer": one["answer"], "score": 1.0}]} for row, one in zip(rows, answers)]
+    told[0]["answers"] = [{"answer": "snow", "score": 1.0}]
+    write_rows("told.jsonl", told)
+    result = evaluate(*words, "told.jsonl", "--batch-size", "4")[-1]
+    assert result["metrics"]["accuracy"] == pytest.approx(500 / 6)
+    assert result["metrics"]["unanswerable"] == pytest.approx(100 / 6)
+    assert result["metrics"]["yes/no/accuracy"] == 100.0 and result["metrics"]["other/accuracy"] == pytest.approx(
+        200 / 3
+    )
+    with pytest.raises(SystemExit, match="tiny is a vlp_vilt, which has no model for --task entailment"):
+        evaluate("--task", "entailment", "--data", "told.jsonl")
+
+
+def test_statements_about_two_pictures(evaluate):
+    save_tiny_vilt(Path("tiny"), VlpViltForVisualReasoning)
+    rows = [
+        {
+            "images": ["red.png", f"{c}.png"],
+            "statement": f"a {c} ship",
+            "label": n % 2,
+            "identifier": f"dev-{n}-{n % 3}-0",
+        }
+        for n, c in enumerate(COLOURS)
+    ]
+    write_rows("statements.jsonl", rows)
+    words = ["--task", "nlvr2", "--data", "statements.jsonl"]
+    (result,) = evaluate(*words)
+    assert result["counts"] == {"records": 6, "statements": 6} and result["metrics"]["majority"] == 50.0
+    assert result["metrics"]["consistency"] == result["metrics"]["accuracy"]
+    write_rows("statements.jsonl", [row | {"label": 1 - row["label"]} for row in rows])
+    opposite = evaluate(*words)[-1]
+    assert opposite["metrics"]["accuracy"] == pytest.approx(100 - result["metrics"]["accuracy"])
+
+
+def test_a_model_without_the_head_of_the_task_is_not_measured(evaluate):
+    write_rows("questions.jsonl", [{"image": "red.png", "question": "a ship"}])
+    words = ["--task", "vqa", "--data", "questions.jsonl"]
+    with pytest.raises(SystemExit, match="tiny is a vlp_clip, which has no model for --task vqa"):
+        evaluate(*words)
+    save_tiny_vilt(Path("tiny"), VlpViltForImageTextRetrieval)
+    with pytest.raises(SystemExit, match="tiny has no weights classifier.*Fine-tune it"):
+        evaluate(*words)
 
 
 class RegionModel(torch.nn.Module):

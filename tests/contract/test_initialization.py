@@ -13,6 +13,13 @@ from hf_vlp.models.clip.configuration_clip import (
 )
 from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining
 from hf_vlp.models.clip.tasks_clip import VlpClipForImageClassification
+from hf_vlp.models.vilt.configuration_vilt import VlpViltConfig
+from hf_vlp.models.vilt.modeling_vilt import MATCH, VlpViltForPreTraining
+from hf_vlp.models.vilt.tasks_vilt import (
+    VlpViltForImageTextRetrieval,
+    VlpViltForVisualQuestionAnswering,
+    VlpViltForVisualReasoning,
+)
 from hf_vlp.models.vse.configuration_vse import VlpVseConfig, VlpVseGridConfig, VlpVseGruConfig
 from hf_vlp.models.vse.modeling_vse import VlpVseForPreTraining
 from tests.contract.rows import bert_config
@@ -173,3 +180,51 @@ def test_sides_of_a_grid_and_of_a_bigru(how):
     ):
         assert convolution.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.06)
     assert not list(model.text_projection.parameters())  # nothing between the BiGRU and its pooling
+
+
+VILT = VlpViltConfig(
+    vocab_size=400,
+    hidden_size=WIDTH,
+    intermediate_size=4 * WIDTH,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=64,
+    patch_size=8,
+    mpp_weight=1.0,
+    num_labels=30,
+)
+VILT_CLASSES = [
+    VlpViltForPreTraining,
+    VlpViltForImageTextRetrieval,
+    VlpViltForVisualQuestionAnswering,
+    VlpViltForVisualReasoning,
+]
+
+
+@pytest.mark.parametrize("how", ["new", "loaded"])
+@pytest.mark.parametrize("model_class", VILT_CLASSES)
+def test_vilt_is_normal_but_for_its_patches(model_class, how):
+    torch.manual_seed(0)
+    model = build(model_class, VILT, how)
+    patches = ("vilt.image_embeddings.patch_embedding.weight", "vilt.image_embeddings.patch_embedding.bias")
+    for name, value in model.named_parameters():
+        if name in patches:  # torch's default
+            assert value.std().item() == pytest.approx((3 * 64) ** -0.5 * UNIFORM, rel=0.2), name
+            assert value.abs().max() <= (3 * 64) ** -0.5, name
+        elif name.endswith("bias"):
+            assert not value.any(), name
+        elif "norm" in name:
+            assert (value == 1).all(), name
+        else:
+            assert value.std().item() == pytest.approx(0.02, rel=0.05 if value.numel() > 2000 else 0.25), name
+            assert abs(value.mean().item()) < 0.01 and value.abs().max() > 0.04, name
+    words = model.vilt.text_embeddings.word_embeddings
+    assert words.padding_idx == 0 and words.weight[0].std().item() == pytest.approx(0.02, rel=0.3)
+    if model_class is VlpViltForPreTraining:
+        assert not torch.equal(model.mlm_head.decoder.weight, words.weight)
+    if model_class is VlpViltForImageTextRetrieval:
+        assert torch.equal(model.rank_head.weight[0], model.itm_head.weight[MATCH])
+        assert not torch.equal(model.rank_head.weight[0], model.itm_head.weight[1 - MATCH])
+    if model_class is VlpViltForVisualReasoning:
+        second, modalities = model.second_image_embedding[0], model.vilt.modality_embeddings.weight
+        assert torch.equal(second, modalities[1]) and not torch.equal(second, modalities[0])

@@ -14,6 +14,9 @@ from hf_vlp import (
     VlpClipTextConfig,
     VlpClipVisionConfig,
     VlpRegionFeatureExtractor,
+    VlpViltConfig,
+    VlpViltImageProcessor,
+    VlpViltProcessor,
     VlpVseConfig,
     VlpVseForPreTraining,
     VlpVseGridConfig,
@@ -83,4 +86,16 @@ def save_tiny_vse(folder: Path, region_size: int | None = None) -> Path:
     else:
         image_side = {"image_processor": VlpVseImageProcessor(size={"height": SIZE, "width": SIZE})}
     VlpVseProcessor(tokenizer=tokenizer, **image_side).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_vilt(folder: Path, model_class: type, **fields) -> Path:
+    """One stream over pictures whose shorter side has 32 pixels; `model_class` with these fields of its configuration."""
+    tokenizer = train_wordpiece_tokenizer(WORDS, 200, 32)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tables = {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "image_size": SIZE, "patch_size": 8}
+    torch.manual_seed(0)
+    model_class(VlpViltConfig(**sizes, **tables, initializer_range=0.2, **fields)).save_pretrained(folder)
+    image_processor = VlpViltImageProcessor(size={"shortest_edge": SIZE}, size_divisor=8)
+    VlpViltProcessor(image_processor, tokenizer).save_pretrained(folder)
     return folder

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from hf_vlp.evaluation.encoding import PictureError
-from hf_vlp.training.results import HeldOut
+from hf_vlp.training.results import TERM_BATCH, HeldOutRetrieval, HeldOutTask, HeldOutTerms
 
 
 class RegionModel(torch.nn.Module):
@@ -49,8 +49,8 @@ class Processor:
 
 def held_out(model, processor, rows, cache=True):
     data = SimpleNamespace(cache=cache, test="pairs.jsonl", test_split=None)
-    recipe = SimpleNamespace(data=data, training=SimpleNamespace(mixed_precision="no"))
-    return HeldOut(recipe, Accelerator(cpu=True), model, processor, {"validation": None, "test": rows})
+    recipe = SimpleNamespace(data=data, training=SimpleNamespace(mixed_precision="no", evaluate_records=None))
+    return HeldOutRetrieval(recipe, Accelerator(cpu=True), model, processor, {"validation": None, "test": rows})
 
 
 def rows_of(**columns):
@@ -103,3 +103,89 @@ def test_a_model_of_pictures_does_not_pass_over_a_missing_one(tmp_path):
         run.draw_sheet(tmp_path / "sheet.png")
     with pytest.raises(PictureError, match="record 0 has no picture"):
         held_out(PictureModel(), Processor(of_regions=False), rows_of(regions=lambda i: i))
+
+
+class TermModel(torch.nn.Module):
+    """Words are right where the id is even and counted where it is below 50; nothing is counted of the term `rare`."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.modes = set()
+
+    def forward(self, input_ids):
+        self.modes.add((self.training, torch.is_grad_enabled()))
+        ids = input_ids[:, 0]
+        counted = ids < 50
+        none = counted.sum() * 0
+        return {
+            "losses": {
+                "words": ids.float().mean() * self.weight,
+                "aligned": ids.float().amin(),
+                "rare": self.weight * 0,
+            },
+            "correct": {"words": ((ids % 2 == 0) & counted).sum(), "rare": none},
+            "counts": {"words": counted.sum(), "rare": none},
+        }
+
+
+def terms(model, records, most=None):
+    data = SimpleNamespace(cache=False, validation="pairs.jsonl", validation_split=None)
+    training = SimpleNamespace(mixed_precision="no", evaluate_records=most, rank_records=None)
+    recipe = SimpleNamespace(data=data, training=training)
+
+    def collate(items):
+        return {"input_ids": torch.tensor(items)[:, None]}
+
+    return HeldOutTerms(
+        recipe,
+        Accelerator(cpu=True),
+        model,
+        Processor(of_regions=False),
+        {"validation": records, "test": None},
+        open_batches=lambda rows: (rows, collate),
+    )
+
+
+def test_terms_are_counted_over_all_batches(capsys):
+    ids = [3 * row for row in range(TERM_BATCH + 9)]
+    model = TermModel().train()
+    run = terms(model, ids)
+    metrics = run.evaluate(STREAM)
+    counted = [number for number in ids if number < 50]
+    share = 100 * sum(number % 2 == 0 for number in counted) / len(counted)
+    assert metrics["validation/words/accuracy"] == pytest.approx(share) == metrics["validation/accuracy"]
+    assert metrics["validation/words/loss"] == pytest.approx(sum(ids) / len(ids))
+    aligned = (TERM_BATCH * ids[0] + 9 * ids[TERM_BATCH]) / len(ids)  # weighed by the examples of each batch
+    assert metrics["validation/aligned/loss"] == pytest.approx(aligned)
+    assert "validation/rare/accuracy" not in metrics and "validation/aligned/accuracy" not in metrics
+    assert model.modes == {(False, False)} and model.training
+    shown = capsys.readouterr().out
+    assert "validation, step 3" in shown and "aligned" in shown
+    (entry,) = run.results()
+    assert entry["counts"] == {"examples": len(ids), "words predictions": len(counted), "rare predictions": 0}
+    assert (entry["task"], run.best_metric) == ("pre-training", "validation/accuracy")
+    assert run.draw_sheet("nowhere.png") is None
+    assert terms(model, ids, most=7).evaluate(STREAM)["validation/words/loss"] == pytest.approx(9)
+
+
+def test_a_task_is_evaluated_by_its_function():
+    seen = []
+
+    def answer(model, processor, records, *, accelerator, autocast, progress):
+        seen.append((records, autocast, progress))
+        return SimpleNamespace(metrics={"accuracy": 40.0}, table=lambda: "", to_dict=dict)
+
+    data = SimpleNamespace(cache=False)
+    training = SimpleNamespace(mixed_precision="bf16", evaluate_records=2)
+    recipe = SimpleNamespace(data=data, training=training)
+    rows = {"validation": [1, 2, 3], "test": None}
+    run = HeldOutTask(
+        recipe, Accelerator(cpu=True), TermModel(), Processor(of_regions=False), rows, task="vqa", answer=answer
+    )
+    assert run.evaluate(STREAM) == {"validation/accuracy": 40.0}
+    run.reports["test"] = SimpleNamespace(metrics={})  # as of questions without answers
+    run.recipe.data.validation = run.recipe.data.validation_split = "x"
+    run.reports["validation"].protocol = "asked"
+    assert [entry["split"] for entry in run.results()] == ["x"]
+    assert seen == [([1, 2], torch.bfloat16, False)] and (run.task, run.best_metric) == ("vqa", "validation/accuracy")

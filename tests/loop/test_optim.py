@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining
 from hf_vlp.training.optim import (
+    TransformersAdamW,
     adamw,
     freeze,
     optimizer_of,
@@ -189,3 +190,56 @@ def test_rate_scaled_to_the_batch():
     assert scaled_rate(1e-3, batch=64, lr_batch=None, rule="linear") == 1e-3
     assert scaled_rate(1e-3, batch=64, lr_batch=256, rule="linear") == pytest.approx(2.5e-4)
     assert scaled_rate(1e-3, batch=64, lr_batch=256, rule="sqrt") == pytest.approx(5e-4)
+
+
+def by_hand(weight, gradients, lr, betas, eps, decay):
+    """The update of transformers' old AdamW, number by number."""
+    mean = square = 0.0
+    for step, gradient in enumerate(gradients, start=1):
+        mean = betas[0] * mean + (1 - betas[0]) * gradient
+        square = betas[1] * square + (1 - betas[1]) * gradient**2
+        weight -= lr * (1 - betas[1] ** step) ** 0.5 / (1 - betas[0] ** step) * mean / (square**0.5 + eps)
+        weight -= lr * decay * weight
+    return weight
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.1])
+def test_the_adamw_of_transformers_by_hand(eps):
+    gradients = (0.5, -1.0, 1e-3)
+    found = {}
+    for build in (TransformersAdamW, adamw):
+        weight = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+        still = nn.Parameter(torch.tensor([3.0]))
+        group = {"params": [weight, still], "lr": 0.1, "weight_decay": 0.2}
+        optimizer = build([group], betas=(0.8, 0.9), eps=eps)
+        for gradient in gradients:
+            weight.grad = torch.full((1,), gradient, dtype=torch.float64)
+            optimizer.step()
+        assert still.item() == 3.0  # no gradient, no decay
+        found[build] = weight.item()
+    assert found[TransformersAdamW] == pytest.approx(by_hand(2.0, gradients, 0.1, (0.8, 0.9), eps, 0.2), rel=1e-6)
+    assert abs(found[TransformersAdamW] - found[adamw]) > 1e-4  # torch's decays before the update and weighs eps less
+
+
+def test_the_adamw_of_transformers_goes_on_from_its_state():
+    torch.manual_seed(0)
+    model, gradients = nn.Linear(3, 2), torch.randn(4, 2, 3)
+
+    def steps(model, optimizer, some):
+        for gradient in some:
+            model.weight.grad = gradient.clone()
+            optimizer.step()
+
+    twin = nn.Linear(3, 2)
+    twin.load_state_dict(model.state_dict())
+    whole = TransformersAdamW(model.parameters(), lr=0.1)
+    steps(model, whole, gradients)
+    first = TransformersAdamW(twin.parameters(), lr=0.1)
+    steps(twin, first, gradients[:2])
+    second, fresh = TransformersAdamW(twin.parameters(), lr=0.1), nn.Linear(3, 2)
+    second.load_state_dict(first.state_dict())
+    fresh.load_state_dict(twin.state_dict())
+    steps(twin, second, gradients[2:])
+    assert torch.equal(twin.weight, model.weight)
+    steps(fresh, TransformersAdamW(fresh.parameters(), lr=0.1), gradients[2:])
+    assert not torch.allclose(fresh.weight, model.weight, atol=1e-3)

@@ -59,6 +59,7 @@ def pretrain(tmp_path, monkeypatch, capsys):
         AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
         monkeypatch.setattr(sys, "argv", ["examples/pretrain.py", "--config", "squares.yaml", *words])
+        monkeypatch.syspath_prepend(SCRIPT.parent)  # as Python does for a script
         try:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         finally:

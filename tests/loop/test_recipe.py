@@ -77,6 +77,22 @@ def test_an_unknown_word_on_the_command_line(recipe_file):
             "training.mixed_precision = 'fp8': expected one of no, bf16, fp16, auto",
         ),
         ("training", {"batch_size": 0}, "training.batch_size = 0: expected at least 2"),
+        ("training", {"evaluate_records": 0}, "training.evaluate_records = 0: expected at least 1"),
+        ("training", {"rank_records": 0}, "training.rank_records = 0: expected at least 1"),
+        ("data", {"masking": {"probability": 0}}, "data.masking.probability = 0.0: expected a share between 0 and 1"),
+        ("data", {"masking": {"patches": 1}}, "data.masking.patches = 1.0: expected a share between 0 and 1"),
+        ("data", {"masking": {"padded_to": 40}}, "data.masking.padded_to is for whole words"),
+        ("data", {"masking": {"padded_to": 0, "whole_words": True}}, "data.masking.padded_to = 0: expected at least 1"),
+        ("data", {"masking": {"whole_word": True}}, "'data.masking.whole_word' .*nearest valid key is 'data.masking.whole_words'"),
+        ("data", {"false_texts": 0}, "data.false_texts = 0: expected at least 1"),
+        ("data", {"false_texts": 3}, "data.false_texts is for the task retrieval, and task = null"),
+        ("data", {"answers": {}}, "data.answers is for the task vqa, and task = null"),
+        ("data", {"answers": {"top_k": 0}}, "data.answers.top_k = 0: expected at least 1"),
+        ("data", {"answers": {"file": "x.json", "top_k": 3}}, "data.answers.file lists the answers: leave it out"),
+        ("schedule", {"warmup_share": 1}, "schedule.warmup_share = 1.0: expected a part of the run from 0 to below 1"),
+        ("schedule", {"warmup_share": float("nan")}, "schedule.warmup_share = nan: expected a part of the run"),
+        ("schedule", {"warmup_share": 0.1, "warmup_steps": 5}, "schedule.warmup_share = 0.1: .*none beside schedule.warmup_steps"),
+        ("optimizer", {"update": "adam"}, "optimizer.update = 'adam': expected one of torch, transformers"),
         ("training", {"clip_norm": 0}, "training.clip_norm = 0.0: expected more than 0"),
         ("training", {"clip_norm": -1}, "training.clip_norm = -1.0: expected more than 0"),
         ("processor", {"text_cleaning": "clp"}, "processor.text_cleaning = 'clp': expected one of clip, none"),
@@ -218,6 +234,27 @@ def test_yaml_can_run_nothing(tmp_path):
     (tmp_path / "r.yaml").write_text("model: !!python/object/apply:os.getcwd []")
     with pytest.raises(RecipeError):
         load_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(("task", "allowed"), [("vqa", "answers"), ("retrieval", "false_texts"), (None, "masking")])
+def test_what_belongs_to_a_task_is_refused_beside_another(recipe_file, task, allowed):
+    path = recipe_file()
+    values = {"answers": "{top_k: 3}", "false_texts": "3", "masking": "{}", "false_images": "true"}
+    for name, value in values.items():
+        words = ["--task", str(task).replace("None", "null"), f"--data.{name}", value]
+        if name == allowed or (task is None and name == "false_images"):
+            assert getattr(load_recipe(path, words).data, name)
+        else:
+            with pytest.raises(RecipeError, match=f"data.{name} is for .*, and task = {task or 'null'}: leave one"):
+                load_recipe(path, words)
+
+
+def test_a_warm_up_in_parts_of_the_run(recipe_file):
+    share = load_recipe(recipe_file(schedule={"warmup_share": 0.1})).schedule
+    steps = load_recipe(recipe_file(schedule={"warmup_steps": 7})).schedule
+    assert [share.numbers(total)["warmup_steps"] for total in (10, 99, 1000)] == [1, 9, 100]
+    assert [steps.numbers(total)["warmup_steps"] for total in (10, 99, 1000)] == [7, 7, 7]
+    assert share.numbers(10).keys() == steps.numbers(10).keys() and "warmup_share" not in steps.numbers(10)
 
 
 def test_the_file_written_back_is_the_same_recipe(recipe_file, tmp_path):

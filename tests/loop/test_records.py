@@ -354,3 +354,20 @@ def test_validate_prints_the_first_bad_records_and_their_number(pictures, capsys
     assert capsys.readouterr().out.splitlines() == ["all 2 records are good"]
     assert validate([str(path), "--columns", "captions=word"]) == 1
     assert "no column 'word'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_pictures_a_row(tmp_path, streaming):
+    (tmp_path / "pictures").mkdir()
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (3, 2), colour).save(tmp_path / "pictures" / f"{name}.png")
+    row = {"images": ["pictures/a.png", "pictures/b.png"], "statement": "red, then blue", "label": 1}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (record,) = read_records(tmp_path / "rows.jsonl", required=("images", "statement"), streaming=streaming)
+    assert [picture.getpixel((0, 0)) for picture in record["images"]] == [(255, 0, 0), (0, 0, 255)]
+    assert record["statement"] == row["statement"]
+    if not streaming:
+        path = tmp_path / "rows.parquet"
+        read_records(tmp_path / "rows.jsonl", required=("images",)).to_parquet(path)
+        (stored,) = read_records(path, required=("images", "statement"))
+        assert stored["images"][1].getpixel((2, 1)) == (0, 0, 255)

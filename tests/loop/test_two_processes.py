@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.loop.two_processes_worker import READ_BOTH, TERMS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,9 +32,10 @@ def runs(tmp_path_factory):
 CLIP = [f"clip-{objective}-{step}" for objective in ("softmax", "sigmoid") for step in ("plain", "cached")]
 VSE = [f"vse-{form}-{step}" for form in ("hardest", "mixed") for step in ("plain", "cached")]
 FROZEN = ["frozen-plain", "frozen-cached"]
+STREAM = [*READ_BOTH, *(f"terms-{name}" for name in TERMS)]
 
 
-@pytest.mark.parametrize("step", ["plain", "cached", "accumulated", *CLIP, *VSE, *FROZEN])
+@pytest.mark.parametrize("step", ["plain", "cached", "accumulated", *CLIP, *VSE, *FROZEN, *STREAM])
 def test_two_processes_equal_one_with_the_whole_batch(runs, step):
     names = [name for name in runs[1] if name.startswith(f"{step}.")]
     assert len(names) > 10
@@ -49,7 +52,7 @@ def test_the_comparison_can_fail(runs):
     assert (one["visual_projection.weight"] - other["visual_projection.weight"]).abs().max() > 1e-3
     for step in ("plain", "cached"):
         assert runs[1][f"{step}.loss0"] != runs[1][f"{step}.loss3"]
-    for step in CLIP + VSE + FROZEN:
+    for step in CLIP + VSE + FROZEN + STREAM:
         assert runs[1][f"{step}.loss0"] != runs[1][f"{step}.loss1"]
     one, other = (
         runs[2][f"clip-{objective}-plain.clip.visual_projection.weight"] for objective in ("softmax", "sigmoid")

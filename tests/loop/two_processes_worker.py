@@ -1,4 +1,4 @@
-"""Steps of the toy, a tiny CLIP and a tiny VSE-infinity on any number of processes; rank 0 writes losses and weights."""
+"""Steps of the toy, a tiny CLIP, a tiny VSE-infinity and tiny ViLTs on any number of processes; rank 0 writes losses and weights."""
 
 import sys
 
@@ -17,7 +17,7 @@ from hf_vlp.training.recipe import RampRecipe
 from hf_vlp.training.state import Checkpoints, Progress, StateError
 from hf_vlp.training.steps import choose_step
 from hf_vlp.training.stream import BatchStream
-from tests.contract.rows import REGION, grid_config, gru_config, pair_config, vse_config
+from tests.contract.rows import REGION, ROWS, Row, grid_config, gru_config, pair_config, vilt_config, vse_config
 from tests.loop.toy import ToySampler, ToyTwoTower, parts, stream
 
 
@@ -97,6 +97,41 @@ def frozen_steps(accelerator: Accelerator, chunk: int | None) -> dict[str, torch
     return found | {name: value.clone() for name, value in inner.state_dict().items()}
 
 
+READ_BOTH = {row.name: row for row in ROWS if row.reads_both and "Model" not in row.model}
+TERMS = {  # weights of the terms of pre-training that stand apart from those of the rows
+    "mlm": {"itm_weight": 0, "wpa_weight": 0},
+    "mim": {"mlm_weight": 0, "itm_weight": 0, "wpa_weight": 0, "mpp_weight": 1.0},
+    "itm-wpa": {"mlm_weight": 0},
+    "mlm-mim": {"itm_weight": 0, "wpa_weight": 0, "mpp_weight": 1.0},
+    "mlm-itm": {"wpa_weight": 0},
+    "itm-mim": {"mlm_weight": 0, "wpa_weight": 0, "mpp_weight": 1.0},
+}
+
+
+def stream_steps(accelerator: Accelerator, row: Row, config) -> dict[str, torch.Tensor]:
+    """Losses and weights of two steps of a model that reads words and image together, no parameter of which may be left out."""
+    torch.manual_seed(0)
+    model = row.model_class._from_config(config)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    model.train()
+    size, found = 4 // world_size(), {}
+    mine = slice(rank() * size, (rank() + 1) * size)
+    for number in range(2):
+        whole = row.batch(seed=number)
+        # a mean over what is masked is that of the whole batch where each process has as much of it
+        for name in row.text_inputs.keys() & {"mlm_labels", "labels"}:
+            whole[name] = whole["input_ids"].clone()
+            whole[name][:, 3:] = -100
+        if "mpp_mask" in whole:
+            whole["mpp_mask"] = torch.zeros_like(whole["mpp_mask"])
+            whole["mpp_mask"][:, :2] = 1
+        losses = choose_step(None, 1)(accelerator, model, [{key: value[mine] for key, value in whole.items()}])
+        found[f"loss{number}"] = accelerator.reduce(losses["loss"], reduction="mean").reshape(1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return found | {name: value.clone() for name, value in accelerator.unwrap_model(model).state_dict().items()}
+
+
 def collapsed(negatives: str) -> dict[str, torch.Tensor]:
     """The loss of six pairs over all processes whose embeddings are all the same, and what the model says of it."""
     model = VlpVseForPreTraining(vse_config(gru_config, hardest_negatives=0.75, negatives=negatives)())
@@ -146,6 +181,13 @@ def main(output: str) -> None:
             found |= {f"vse-{form}-{name}.{key}": value for key, value in steps.items()}
         found |= {f"frozen-{name}.{key}": value for key, value in frozen_steps(accelerator, chunk).items()}
         found |= {f"statistics.{name}.{key}": value for key, value in statistics(accelerator, chunk).items()}
+
+    for name, row in READ_BOTH.items():
+        found |= {f"{name}.{key}": value for key, value in stream_steps(accelerator, row, row.config()).items()}
+    everything = READ_BOTH["VlpViltForPreTraining-all"]
+    for name, weights in TERMS.items():
+        steps = stream_steps(accelerator, everything, vilt_config(**weights)())
+        found |= {f"terms-{name}.{key}": value for key, value in steps.items()}
 
     for negatives in ("global", "local"):
         found |= {f"collapsed.{negatives}.{key}": value for key, value in collapsed(negatives).items()}

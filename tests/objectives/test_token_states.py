@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from hf_vlp.layers import towers
-from hf_vlp.layers.towers import GROUP_COST, group_sizes, token_states
+from hf_vlp.layers import packing
+from hf_vlp.layers.packing import GROUP_COST, group_sizes
+from hf_vlp.layers.towers import token_states
 
 LENGTHS = (9, 30, 4, 9, 12, 5, 28, 9, 11, 9, 6, 10)
 
@@ -71,7 +72,7 @@ def test_states_and_gradients_are_those_of_all_at_once(bert):
 
 
 def test_texts_padded_on_the_left_or_empty_keep_their_places(bert, monkeypatch):
-    monkeypatch.setattr(towers, "GROUP_COST", 0)
+    monkeypatch.setattr(packing, "GROUP_COST", 0)
     ids, mask = texts((5, 3, 8, 2))
     ids, mask = ids.roll(2, dims=1), mask.roll(2, dims=1)  # the longest goes round its end
     mask[1] = 0

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import PILImageResampling, SizeDict
 
 from hf_vlp.inputs import image_transforms as transforms
-from hf_vlp.inputs.pictures import PictureKwargs, Pictures, as_picture, as_pixels, as_wished, finished
+from hf_vlp.inputs.pictures import PictureKwargs, Pictures, as_rgb, finished
 
 DETECTOR = "detector"  # in the name of every backbone taken from a detector
 IMAGENET_BACKBONES = ("wsl", "imagenet", "imagenet_res50", "imagenet_res152", "imagenet_resnext")
@@ -86,22 +85,9 @@ class _VseOptions(Pictures):
         """
         return super().preprocess(images, *args, **kwargs)
 
-    def process_image(
-        self,
-        image: Any,
-        do_convert_rgb: bool = True,
-        input_data_format: Any = None,
-        device: Any = None,
-        **options,
-    ) -> torch.Tensor:
+    def process_image(self, image: Any, device: Any = None, **options) -> torch.Tensor:
         """Any accepted picture -> uint8 [3, h, w], or with its own channels where it is not to be converted."""
-        pixels = None if isinstance(image, Image.Image) else as_pixels(image, input_data_format)
-        if pixels is None or len(pixels) == 4:
-            where = None if pixels is None else pixels.device
-            picture = as_wished(as_picture(image, input_data_format), **options)
-            pixels = transforms.to_tensor(transforms.to_rgb(picture) if do_convert_rgb else picture).to(where)
-        elif do_convert_rgb:
-            pixels = pixels.expand(3, -1, -1)
+        pixels = as_rgb(image, **options)
         return pixels if device is None else pixels.to(device)
 
     def _preprocess(

@@ -1,0 +1,180 @@
+"""Tasks that a model is fine-tuned for: the class with its head, what a record needs, its batches, how it is evaluated."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+
+import hf_vlp.auto
+from hf_vlp.data.answers import answer_vocabulary, majority_answers
+from hf_vlp.data.collate import Collator
+from hf_vlp.data.fusion_collate import FusionRetrievalCollator
+from hf_vlp.data.pairs import ImageTextPairs
+from hf_vlp.data.prepared import PreparedRecords
+from hf_vlp.data.tasks import ENTAILMENT, Hypotheses, Questions, Statements, TaskCollator
+from hf_vlp.evaluation.encoding import without_pictures
+from hf_vlp.evaluation.fusion_retrieval import evaluate_fusion_retrieval
+from hf_vlp.evaluation.tasks import evaluate_entailment, evaluate_nlvr2, evaluate_vqa
+from hf_vlp.training.recipe import AnswersRecipe, Recipe, RecipeError
+from hf_vlp.training.results import HeldOut, HeldOutRetrieval, HeldOutTask
+from training.inputs import located
+
+FALSE_TEXTS = 15
+
+Labels = dict[str, int] | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What fine-tuning needs to know of a task.
+
+    auto_class: name of the Auto class of the model. text, images: the columns of texts and of pictures. target: the column that training
+    needs besides.
+    labels: (recipe, records by split, configuration) -> class -> number, or None where the head has none.
+    dataset: (records, prepare, labels, options of `PreparedRecords`) -> items. collator: (recipe, processor, data set, augment) -> what
+    makes batches. held_out: of the arguments of `HeldOut`.
+    """
+
+    auto_class: str
+    text: str
+    images: str
+    target: str | None
+    labels: Callable[[Recipe, dict[str, Any], PreTrainedConfig], Labels]
+    dataset: Callable[..., PreparedRecords]
+    collator: Callable[..., Collator]
+    held_out: Callable[..., HeldOut]
+
+    @property
+    def model_class(self) -> Any:
+        """The Auto class."""
+        return getattr(transformers, self.auto_class, None) or getattr(hf_vlp.auto, self.auto_class)
+
+    def required(self, recipe: Recipe, split: str) -> tuple[str, ...]:
+        """The fields that records of a split need; held-out questions may lack answers."""
+        fields = [self.text] if recipe.data.regions is not None else [self.images, self.text]
+        return (*fields, *([self.target] if self.target and (split == "train" or self.target == "label") else []))
+
+
+# ------------------------------------------------------------------------------------------------ classes
+
+
+def answers_of(recipe: Recipe, records: dict[str, Any], config: PreTrainedConfig) -> Labels:
+    """The answers to choose from: as `data.answers` says; without it those of a saved model that answers, else all of training.
+
+    Raises:
+        RecipeError: no such file, or no answer is left.
+    """
+    chosen = recipe.data.answers
+    if chosen is None and answers_already(config):
+        return config.label2id
+    chosen = chosen or AnswersRecipe()
+    if chosen.file is not None:
+        return answers_in(chosen.file)
+    counted: list[Iterable] = [records["train"]]
+    if chosen.count_validation and records["validation"] is not None:
+        counted.append(records["validation"])
+    answers = (answer for rows in counted for answer in majority_answers(without_pictures(rows)))
+    try:
+        return answer_vocabulary(answers, minimum=chosen.minimum_seen, most=chosen.top_k)
+    except ValueError as error:
+        raise RecipeError(f"data.answers.minimum_seen = {chosen.minimum_seen}: {error}") from error
+
+
+def answers_already(config: PreTrainedConfig) -> bool:
+    """Whether a saved configuration is of a model that chooses answers."""
+    saved = TASKS["vqa"].model_class._model_mapping.get(type(config), None)
+    return saved is not None and saved.__name__ in (config.architectures or ())
+
+
+def answers_in(file: str) -> dict[str, int]:
+    """The answers of a JSON list, or of the configuration of a model's folder.
+
+    Raises:
+        RecipeError: it holds none.
+    """
+    path = Path(located(file))
+    try:
+        if path.is_dir():
+            return AutoConfig.from_pretrained(path).label2id
+        answers = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"data.answers.file = {file!r}: {error}") from error
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise RecipeError(f"data.answers.file = {file!r}: expected a JSON list of texts, or a model's folder")
+    return {answer: number for number, answer in enumerate(dict.fromkeys(answers))}
+
+
+def name_classes(config: PreTrainedConfig, labels: dict[str, int]) -> None:
+    """Give a configuration the classes of a head."""
+    config.id2label = {number: label for label, number in labels.items()}
+    config.label2id = dict(labels)
+
+
+def fingerprint_of(labels: Labels) -> str:
+    """Of the classes in their order; nothing where there are none."""
+    return "" if labels is None else "-" + hashlib.sha256(json.dumps(sorted(labels.items())).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+
+
+def retrieval_collator(recipe: Recipe, processor, pairs: ImageTextPairs, augment) -> Collator:
+    """Each image with its text and with false ones."""
+    return FusionRetrievalCollator(
+        processor, pairs, augment, recipe.training.seed, false_texts=recipe.data.false_texts or FALSE_TEXTS
+    )
+
+
+def task_collator(recipe: Recipe, processor, dataset: PreparedRecords, augment) -> Collator:
+    """Each record with its label."""
+    return TaskCollator(processor, augment, recipe.training.seed)
+
+
+TASKS = {
+    "vqa": Task(
+        "AutoModelForVisualQuestionAnswering",
+        text="question",
+        images="image",
+        target="answers",
+        labels=answers_of,
+        dataset=Questions,
+        collator=task_collator,
+        held_out=functools.partial(HeldOutTask, task="vqa", answer=evaluate_vqa),
+    ),
+    "nlvr2": Task(
+        "AutoModelForVisualReasoning",
+        text="statement",
+        images="images",
+        target="label",
+        labels=lambda recipe, records, config: {"false": 0, "true": 1},
+        dataset=lambda records, prepare, labels, **options: Statements(records, prepare, **options),
+        collator=task_collator,
+        held_out=functools.partial(HeldOutTask, task="nlvr2", answer=evaluate_nlvr2),
+    ),
+    "entailment": Task(
+        "AutoModelForVisualEntailment",
+        text="hypothesis",
+        images="image",
+        target="label",
+        labels=lambda recipe, records, config: dict(ENTAILMENT),
+        dataset=Hypotheses,
+        collator=task_collator,
+        held_out=functools.partial(HeldOutTask, task="entailment", answer=evaluate_entailment),
+    ),
+    "retrieval": Task(
+        "AutoModelForImageTextRetrieval",
+        text="captions",
+        images="image",
+        target=None,
+        labels=lambda recipe, records, config: None,
+        dataset=lambda records, prepare, labels, **options: ImageTextPairs(records, prepare, **options),
+        collator=retrieval_collator,
+        held_out=functools.partial(HeldOutRetrieval, rank=evaluate_fusion_retrieval),
+    ),
+}
