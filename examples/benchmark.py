@@ -91,7 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("--rows", default=None, help="names with commas between; all unless given")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--batch", type=int, default=None, help="samples a call; 16 for clip, 128 for vse, 8 for vilt (4 a step) unless given")
+    parser.add_argument("--batch", type=int, default=None, help="samples a call; unless given 16, vse 128, vilt 8 (4 a step)")
     parser.add_argument("--repeat", type=int, default=None, help="rounds of every row, 5 unless given")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
