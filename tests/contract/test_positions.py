@@ -7,13 +7,15 @@ from transformers import AutoModel
 from tests.contract.rows import ROWS
 
 # a timm tower sizes itself
-IMAGE_ROWS = [
-    row for row in ROWS if hasattr(row.model_class, "resize_image_positions") and "timm" not in row.variant
-]
+IMAGE_ROWS = [row for row in ROWS if hasattr(row.model_class, "resize_image_positions") and "timm" not in row.variant]
+TOGETHER = {row.config().model_type for row in ROWS if row.reads_both}
 
 
 def image_features(model, pixel_values):
+    """Of models that read both sides together what they read of an image; they have no features of it alone."""
     with torch.no_grad():
+        if model.config.model_type in TOGETHER:
+            return model.encode_image(pixel_values.flatten(0, -4))["image_embeds"]
         verb = getattr(model, "get_image_features", None) or model.pooled_output
         return verb(pixel_values)
 

@@ -269,8 +269,9 @@ class VlpViltModel(VlpViltPreTrainedModel):
         grid = image_size // self.config.patch_size
         if grid < 1:
             raise ValueError(f"image_size {image_size} is smaller than one patch of {self.config.patch_size}")
-        table = resize_position_table(self.image_embeddings.position_embedding, (grid, grid), mode="bilinear")
-        self.image_embeddings.position_embedding = nn.Parameter(table.clone())
+        table, side = self.image_embeddings.position_embedding, torch.tensor([grid])
+        fitted = fitted_positions(table[1:].cpu(), side, side, (grid, grid))[0].to(table)  # as a forward sees it
+        self.image_embeddings.position_embedding = nn.Parameter(torch.cat([table[:1], fitted]))
         self.config.image_size = image_size
 
     @torch.no_grad()
