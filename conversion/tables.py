@@ -102,6 +102,25 @@ class Unbatched(Row):
         return parts[0].unsqueeze(0)
 
 
+class Squeezed(Row):
+    """A tensor that has leading axes of size 1 which ours has not.
+
+    axes: how many.
+    """
+
+    def __init__(self, original: str, ours: str, axes: int = 1):
+        super().__init__(original, ours)
+        self.axes = axes
+
+    def cut(self, value):
+        if tuple(value.shape[: self.axes]) != (1,) * self.axes:
+            raise ConversionError(f"a tensor of shape {tuple(value.shape)} has no {self.axes} leading axes of size 1")
+        return [value.reshape(value.shape[self.axes :]).clone()]
+
+    def join(self, parts):
+        return parts[0].reshape((1,) * self.axes + tuple(parts[0].shape))
+
+
 class Drop(Row):
     """An entry of the original that ours does without, and why. Absent after `revert`."""
 

@@ -6,17 +6,21 @@
 
     python -m conversion.to_original vilt-b32 --output vilt_200k_mlm_itm.ckpt
 
+    python -m conversion.to_original albef-14m --output ALBEF.pth
+
 Layouts of CLIP: `original`, a plain state dict for the released code, `clip.model.build_model(torch.load(FILE))` (its
 `clip.load` cannot read plain state dicts with recent torch, whatever wrote them); `open_clip`, the same without the entries
 that tell sizes; `transformers`, a folder for `CLIPModel`, with tokenizer and image processor if the folder has them.
 VSE-infinity has the layout `original` alone: the dictionary that its training script saves, in the file format that also the old
 torch reads which it is pinned to; of a CNN alone the file that it starts a grid model from. ViLT has `original`, the file that the released
-code takes for `load_path` or `test_only`, in the same file format, and `transformers`, a folder for the class of the same task.
+code takes for `load_path` or `test_only`, in the same file format, and `transformers`, a folder for the class of the same task. ALBEF has
+`original`, the .pth file that the released scripts take for `--checkpoint`, in the same file format.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import get_args
 
 import torch
 from transformers import (
@@ -31,6 +35,8 @@ from transformers import (
     ViltProcessor,
 )
 
+from conversion.albef_layouts import to_checkpoint as to_albef_checkpoint
+from conversion.albef_layouts import untold_sizes as untold_sizes_of_albef
 from conversion.checkpoints import CheckpointError, read_checkpoint, save_content, save_state_dict
 from conversion.clip_layouts import clip_table, config_to_transformers, half_layout, infer_config
 from conversion.preprocessing import SAME_FIELDS
@@ -48,11 +54,12 @@ from conversion.vse_layouts import (
     vse_table,
 )
 from hf_vlp.files import whole_folder
+from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
 from hf_vlp.models.clip.configuration_clip import VlpClipConfig
 from hf_vlp.models.vilt.configuration_vilt import VlpViltConfig
 from hf_vlp.models.vse.configuration_vse import VlpVseConfig, VlpVseGridConfig
 
-Config = VlpClipConfig | VlpVseConfig | VlpVseGridConfig | VlpViltConfig
+Config = VlpClipConfig | VlpVseConfig | VlpVseGridConfig | VlpViltConfig | VlpAlbefConfig
 
 # Settings that change no embedding: ids beside the pooled one, and what only training uses.
 WITHOUT_EFFECT = {
@@ -67,8 +74,8 @@ WITHOUT_EFFECT = {
 
 
 def read_folder(folder) -> tuple[Config, dict[str, torch.Tensor]]:
-    """Configuration and state dict of a folder that `save_pretrained` wrote: of ViLT under the names of the class that was saved, of the
-    others under those of the class that AutoModel gives.
+    """Configuration and state dict of a folder that `save_pretrained` wrote: of ViLT and ALBEF under the names of the class that was saved,
+    of the others under those of the class that AutoModel gives.
 
     Raises:
         CheckpointError, ConversionError: no weights, or no model of an architecture that has a table.
@@ -78,7 +85,7 @@ def read_folder(folder) -> tuple[Config, dict[str, torch.Tensor]]:
         raise ConversionError(f"{folder} has no config.json: give a folder that save_pretrained or a converter wrote")
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, Config):
-        known = ", ".join(known.model_type for known in (VlpClipConfig, VlpVseConfig, VlpVseGridConfig, VlpViltConfig))
+        known = ", ".join(known.model_type for known in get_args(Config))
         raise ConversionError(f"{folder} holds a {config.model_type} model; this script knows {known}")
     # the names of a ForPreTraining stand behind the model's
     prefix = {"vlp_clip": "clip.", "vlp_vse": "vse."}.get(config.model_type, "")
@@ -265,6 +272,13 @@ def run(options: argparse.Namespace) -> list[str]:
                 "--layout and --half out"
             )
         return save_vilt(folder, output, config, state, options.layout, options.half, options.overwrite)
+    if isinstance(config, VlpAlbefConfig):
+        if options.layout != "original" or options.half or output.suffix == ".safetensors":
+            raise ConversionError(
+                "ALBEF has one layout: a .pth file, in the precision of the folder; leave --layout and --half out"
+            )
+        save_content(to_albef_checkpoint(config, state), output, options.overwrite)
+        return untold_sizes_of_albef(config)
     if options.layout == "transformers":
         save_transformers(folder, output, options.half, options.overwrite)
         return []

@@ -1,11 +1,14 @@
-"""Shows to which parts of a picture the words of a text belong, for a model trained with word-patch alignment.
+"""Shows to which parts of a picture the words of a text belong, for a model that reads words and image together.
 
     python examples/explain.py runs/vilt_emoji --image scene.png --text "a red apple on a table" --output map.png
     python examples/explain.py FOLDER --image scene.png --text "a red apple on a table" --word apple table --output map.png
 
 FOLDER: a folder or Hub id of a model that reads words and image together. The sheet map.png has a cell for each word (or for
-those of --word): the picture in colour where the word goes, faint elsewhere. Where the words go is the transport plan of the
-paper's figure, found with --beta and --iterations; a table of the patches with the most of each word is printed beside.
+those of --word). A table of the patches with the most of each word is printed beside.
+
+Of a model whose words attend to the image (ALBEF), the map is the Grad-CAM of that attention in one layer (--layer), drawn from blue to
+red; the first cell is the whole text, and --word takes phrases too ("red apple"). Of one trained with word-patch alignment (ViLT) it is
+the transport plan of the paper's figure, found with --beta and --iterations: the picture in colour where the word goes, faint elsewhere.
 """
 
 import argparse
@@ -16,9 +19,12 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import hf_vlp  # noqa: F401 (registers the architectures)
+from hf_vlp.auto import AutoModelForImageTextRetrieval
 from hf_vlp.data.record import RecordError, decode_image
-from hf_vlp.explain.draw import map_sheet
-from hf_vlp.explain.transport_plan import WordMap, word_maps
+from hf_vlp.explain.attention_maps import picture_maps
+from hf_vlp.explain.draw import glow, map_sheet, overlay
+from hf_vlp.explain.transport_plan import word_maps
+from hf_vlp.explain.words import WordMap
 from hf_vlp.files import whole_file
 
 
@@ -43,7 +49,7 @@ def table(maps: list[WordMap]) -> str:
     width = max(len(one.word) for one in maps)
     lines = [f"{'word':<{width}}  share of the word at (row, column)"]
     for one in maps:
-        shares = one.mass.flatten() / one.mass.sum()
+        shares = one.mass.flatten() / one.mass.sum().clamp(min=torch.finfo(one.mass.dtype).tiny)
         best = shares.topk(min(3, len(shares)))
         places = [divmod(int(place), one.mass.shape[1]) for place in best.indices]
         told = [f"{share:.2f} at ({row}, {column})" for share, (row, column) in zip(best.values.tolist(), places)]
@@ -58,6 +64,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--word", nargs="+", help="only these words of the text")
     parser.add_argument("--output", type=Path, required=True, help="the sheet, a picture such as map.png")
+    parser.add_argument("--layer", type=int, help="whose attention to the image is shown; the paper's if not given")
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--iterations", type=int, default=1000)
     options = parser.parse_args()
@@ -69,14 +76,22 @@ def main() -> None:
         picture = decode_image(options.image)
         model = AutoModel.from_pretrained(options.model).to(device)
         processor = AutoProcessor.from_pretrained(options.model)
-        settings = {"beta": options.beta, "iterations": options.iterations}
-        maps = chosen(word_maps(model, processor, picture, options.text, **settings), options.word)
+        attends = hasattr(model, "cross_attention")
+        if attends:
+            model = AutoModelForImageTextRetrieval.from_pretrained(options.model).to(device)
+            maps = picture_maps(model, processor, picture, options.text, phrases=options.word, layer=options.layer)
+        elif options.layer is not None:
+            parser.error("--layer is of models whose words attend to the image, and this one has no such layers")
+        else:
+            settings = {"beta": options.beta, "iterations": options.iterations}
+            maps = chosen(word_maps(model, processor, picture, options.text, **settings), options.word)
     except RecordError as fault:
         sys.exit(f"--image: {fault.reason}")
     except ValueError as fault:
         sys.exit(str(fault))
     print(table(maps))
-    sheet = map_sheet(picture, [one.word for one in maps], [one.heat for one in maps])
+    titles, heats = [one.word for one in maps], [one.heat for one in maps]
+    sheet = map_sheet(picture, titles, heats, draw=glow if attends else overlay)
     with whole_file(options.output) as partial:
         sheet.save(partial)
     print(f"sheet: {options.output}")

@@ -9,7 +9,8 @@ Records are JSON lines, parquet, CSV, a data set of the Hub, or the official fil
     vqa         image, question, answers [{"answer": "yes", "score": 1.0}, ...]
     nlvr2       images (two), statement, label (true or false)
     entailment  image, hypothesis, label ("entailment", "neutral" or "contradiction")
-    retrieval   image, captions; each image is told its caption from false ones, and every pair is scored
+    retrieval   image, captions; each image is told its caption from false ones, and every pair is scored; a model that contrasts both
+                before it fuses them finds the false ones in its batch, and an `image_id` tells what belongs together
 
 `model.from_pretrained` of the recipe is the folder to start from; heads of other tasks are left out, and one that it lacks is new.
 Any recipe key can follow as `--section.key value`, or `--key value` where only one section has it. `--resume auto` goes on from
@@ -66,7 +67,7 @@ def main() -> None:
 
     # ------------------------------------------------------------------------------------------------ model
     model = build_model(recipe, config, processor.tokenizer, task.model_class)
-    collate = task.collator(recipe, processor, dataset, None if transform is None else transform.augment)
+    collate = task.collator(recipe, processor, config, dataset, None if transform is None else transform.augment)
     stream = open_stream(run, dataset, sampler, collate)
     held_out = task.held_out(recipe, accelerator, model, processor, {split: records[split] for split in SPLITS[1:]})
     vocabulary = fingerprint(processor.tokenizer) + fingerprint_of(labels)

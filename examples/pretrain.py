@@ -53,7 +53,7 @@ def main() -> None:
     # ------------------------------------------------------------------------------------------------ model
     model = build_model(recipe, config, processor.tokenizer)
     told = (recipe, accelerator, model, processor, {split: records[split] for split in SPLITS[1:]})
-    if reads_both_together(recipe):
+    if reads_both_together(recipe, config):
         collate = fusion_collator(recipe, processor, config, pairs, None if transform is None else transform.augment)
         held_out = HeldOutTerms(
             *told, open_batches=lambda rows: held_out_batches(recipe, processor, config, rows, regions)

@@ -79,6 +79,25 @@ TABLE = {
         feature_extractor=".inputs.region_feature_extractor:VlpRegionFeatureExtractor",
         tokenizer=".inputs.word_tokenizer:VlpWordTokenizer",
     ),
+    "vlp_albef_text_model": Row(
+        "albef.configuration_albef:VlpAlbefTextConfig", {"AutoModel": "albef.modeling_albef:VlpAlbefTextModel"}
+    ),
+    "vlp_albef_vision_model": Row(
+        "albef.configuration_albef:VlpAlbefVisionConfig", {"AutoModel": "albef.modeling_albef:VlpAlbefVisionModel"}
+    ),
+    "vlp_albef": Row(
+        "albef.configuration_albef:VlpAlbefConfig",
+        {
+            "AutoModel": "albef.modeling_albef:VlpAlbefModel",
+            "AutoModelForPreTraining": "albef.modeling_albef:VlpAlbefForPreTraining",
+            "AutoModelForImageTextRetrieval": "albef.modeling_albef:VlpAlbefForImageTextRetrieval",
+        },
+        processor="albef.processing_albef:VlpAlbefProcessor",
+        image_processors={
+            "torchvision": "albef.image_processing_albef:VlpAlbefImageProcessor",
+            "pil": "albef.image_processing_albef:VlpAlbefImageProcessorPil",
+        },
+    ),
     "vlp_vilt": Row(
         "vilt.configuration_vilt:VlpViltConfig",
         {

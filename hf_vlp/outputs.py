@@ -61,3 +61,24 @@ class FusionOutput(ModelOutput):
     patch_grid: tuple[int, int] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class CrossFusionOutput(ModelOutput):
+    """What a model returns whose words attend to the image, for B pairs.
+
+    last_hidden_state: [B, L, D], the words with the image in sight. text_hidden_states: [B, L, D], the words before it.
+    image_hidden_states: [B, 1 + P, D], the image's class token, then its patches.
+    image_embeds, text_embeds: [B, E], unit vectors of the sides apart, where the model has a joint space.
+    hidden_states: of the blocks that fuse. attentions: of the words to each other there; cross_attentions: [B, heads, L, 1 + P] of the
+    words to the image.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    text_hidden_states: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None

@@ -63,9 +63,14 @@ def build_sampler(recipe: Recipe, images) -> UniqueImageBatchSampler:
         raise RecipeError(f"training.batch_size = {recipe.training.batch_size}: {error}") from error
 
 
-def reads_both_together(recipe: Recipe) -> bool:
-    """Whether a recipe pre-trains on masked words or false images, which towers apart have no use for."""
-    return recipe.data.masking is not None or recipe.data.false_images
+def reads_both_together(recipe: Recipe, config) -> bool:
+    """Whether a recipe pre-trains on masked words or false images, or a model that fuses, which towers apart have no use for."""
+    return recipe.data.masking is not None or recipe.data.false_images or finds_false_pairs(config)
+
+
+def finds_false_pairs(config) -> bool:
+    """Whether a model contrasts image and text before it fuses them, and so finds the false pairs to fuse in its batch."""
+    return hasattr(config, "itc_weight")
 
 
 def pair_collator(recipe: Recipe, processor, model, transform: TrainingTransform | None) -> PairCollator:
@@ -94,8 +99,11 @@ def fusion_collator(
         limit: keep as many patches as the configuration says in training; else all.
 
     Raises:
-        RecipeError: a tokenizer without a mask token, or whose words cannot be told.
+        RecipeError: a tokenizer without a mask token, or whose words cannot be told; false images for a model that finds its own.
     """
+    finds = finds_false_pairs(config)
+    if finds and recipe.data.false_images:
+        raise RecipeError("data.false_images = True: this model finds false images in its batch; leave it out")
     masking, image, mask = recipe.data.masking, image_config(config), None
     if masking is not None:
         try:
@@ -115,6 +123,7 @@ def fusion_collator(
         patch_size=getattr(image, "patch_size", None),
         max_image_length=getattr(config, "max_image_length", None) if limit else None,
         mask_patches=masking.patches if masking is not None and getattr(config, "mpp_weight", 0) else 0.0,
+        negative_draws=finds,
     )
 
 

@@ -12,7 +12,12 @@ from hf_vlp.data.readers import read_records
 from hf_vlp.data.record import TEXT_FIELDS, TEXT_LIST_FIELDS, RecordError
 from hf_vlp.inputs.region_store import RegionStore
 from hf_vlp.inputs.text_cleaning import clean_clip_text
-from hf_vlp.inputs.vocabulary import clip_tokenizer_from_merges, train_clip_tokenizer, train_wordpiece_tokenizer
+from hf_vlp.inputs.vocabulary import (
+    clip_tokenizer_from_merges,
+    train_clip_tokenizer,
+    train_wordpiece_tokenizer,
+    without_end_mark,
+)
 from hf_vlp.inputs.word_tokenizer import VlpWordTokenizer, train_word_tokenizer
 from hf_vlp.training.building import image_config, image_size, text_config
 from hf_vlp.training.recipe import DataRecipe, Recipe, RecipeError
@@ -70,7 +75,22 @@ def training_texts(recipe: Recipe, records, columns: Sequence[str]) -> Iterator[
 
 
 def build_tokenizer(recipe: Recipe, records, columns: Sequence[str]):
-    """Given, or trained on the texts in these columns and on the keywords."""
+    """Given, or trained on the texts in these columns and on the keywords.
+
+    Raises:
+        RecipeError: no end mark for a tokenizer that needs it.
+    """
+    tokenizer = marked_tokenizer(recipe, records, columns)
+    if recipe.processor.end_mark is not False:
+        return tokenizer
+    try:
+        return without_end_mark(tokenizer)
+    except (ValueError, AttributeError) as error:
+        raise RecipeError(f"processor.end_mark = False: {error}") from error
+
+
+def marked_tokenizer(recipe: Recipe, records, columns: Sequence[str]):
+    """As `build_tokenizer`, with the marks that the tokenizer has of its own."""
     chosen = recipe.processor
     kind = chosen.vocabulary or "byte_pairs"
     limit = {} if chosen.max_length is None else {"model_max_length": chosen.max_length}
@@ -120,7 +140,7 @@ def build_processor(recipe: Recipe, config, records, columns: Sequence[str] = ("
     else:
         options = {"region_store": located(recipe.data.regions)}
     if saved:
-        for key in ("tokenizer", "vocabulary", "vocabulary_size", "vocabulary_records", "minimum_count"):
+        for key in ("tokenizer", "vocabulary", "vocabulary_size", "vocabulary_records", "minimum_count", "end_mark"):
             if (value := getattr(chosen, key)) is not None:
                 raise RecipeError(
                     f"processor.{key} = {value!r}: the processor saved in {saved} has its own vocabulary; leave it out"

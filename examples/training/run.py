@@ -133,7 +133,8 @@ def train_and_save(
     if training.compile:
         model.compile()
     optimizer = optimizer_of(model, recipe.optimizer, training.batch_size * training.accumulation)
-    scheduler = schedule(optimizer, total_steps=steps, **recipe.schedule.numbers(steps))
+    epoch_steps = len(stream.sampler) / training.accumulation
+    scheduler = schedule(optimizer, total_steps=steps, **recipe.schedule.numbers(steps, epoch_steps))
     model, optimizer = accelerator.prepare(model, optimizer)
     set_seed(training.seed, device_specific=True)
     inner = accelerator.unwrap_model(model, keep_torch_compile=False)

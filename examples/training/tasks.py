@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 import hf_vlp.auto
 from hf_vlp.data.answers import answer_vocabulary, majority_answers
 from hf_vlp.data.collate import Collator
-from hf_vlp.data.fusion_collate import FusionRetrievalCollator
+from hf_vlp.data.fusion_collate import FusionPretrainingCollator, FusionRetrievalCollator
 from hf_vlp.data.pairs import ImageTextPairs
 from hf_vlp.data.prepared import PreparedRecords
 from hf_vlp.data.tasks import ENTAILMENT, Hypotheses, Questions, Statements, TaskCollator
@@ -23,6 +23,7 @@ from hf_vlp.evaluation.fusion_retrieval import evaluate_fusion_retrieval
 from hf_vlp.evaluation.tasks import evaluate_entailment, evaluate_nlvr2, evaluate_vqa
 from hf_vlp.training.recipe import AnswersRecipe, Recipe, RecipeError
 from hf_vlp.training.results import HeldOut, HeldOutRetrieval, HeldOutTask
+from training.batches import finds_false_pairs
 from training.inputs import located
 
 FALSE_TEXTS = 15
@@ -37,8 +38,8 @@ class Task:
     auto_class: name of the Auto class of the model. text, images: the columns of texts and of pictures. target: the column that training
     needs besides.
     labels: (recipe, records by split, configuration) -> class -> number, or None where the head has none.
-    dataset: (records, prepare, labels, options of `PreparedRecords`) -> items. collator: (recipe, processor, data set, augment) -> what
-    makes batches. held_out: of the arguments of `HeldOut`.
+    dataset: (records, prepare, labels, options of `PreparedRecords`) -> items. collator: (recipe, processor, configuration, data set,
+    augment) -> what makes batches. held_out: of the arguments of `HeldOut`.
     """
 
     auto_class: str
@@ -124,14 +125,24 @@ def fingerprint_of(labels: Labels) -> str:
 # ------------------------------------------------------------------------------------------------ tasks
 
 
-def retrieval_collator(recipe: Recipe, processor, pairs: ImageTextPairs, augment) -> Collator:
-    """Each image with its text and with false ones."""
+def retrieval_collator(recipe: Recipe, processor, config, pairs: ImageTextPairs, augment) -> Collator:
+    """Each image with its text, and with false ones unless the model finds these in its batch.
+
+    Raises:
+        RecipeError: a number of false texts for a model that finds its own.
+    """
+    if finds_false_pairs(config):
+        if recipe.data.false_texts is not None:
+            raise RecipeError(
+                f"data.false_texts = {recipe.data.false_texts}: this model finds false texts in its batch; leave it out"
+            )
+        return FusionPretrainingCollator(processor, None, None, augment, recipe.training.seed, negative_draws=True)
     return FusionRetrievalCollator(
         processor, pairs, augment, recipe.training.seed, false_texts=recipe.data.false_texts or FALSE_TEXTS
     )
 
 
-def task_collator(recipe: Recipe, processor, dataset: PreparedRecords, augment) -> Collator:
+def task_collator(recipe: Recipe, processor, config, dataset: PreparedRecords, augment) -> Collator:
     """Each record with its label."""
     return TaskCollator(processor, augment, recipe.training.seed)
 

@@ -52,15 +52,37 @@ def normalize_answer(answer: str) -> str:
     >>> normalize_answer("The 2 dogs.")
     '2 dogs'
     """
+    words = without_marks(answer).lower().split()
+    words = [word for word in (NUMBERS.get(word, word) for word in words) if word not in ARTICLES]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+
+
+def without_marks(answer: str) -> str:
+    """An answer without marks and without periods that no digit follows, its case and its words as they are.
+
+    >>> without_marks("10:30, the U.S.")
+    '10:30 the US'
+    """
     # a mark that touches a space stands between words already; one number with a comma lets all marks of an answer vanish
     digits = DIGIT_COMMA_DIGIT.search(answer) is not None
     text = answer
     for mark in MARKS:
         joined = digits or f"{mark} " in answer or f" {mark}" in answer
         text = text.replace(mark, "" if joined else " ")
-    words = PERIOD.sub("", text, count=PERIODS).lower().split()
-    words = [word for word in (NUMBERS.get(word, word) for word in words) if word not in ARTICLES]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+    return PERIOD.sub("", text, count=PERIODS)
+
+
+def compared_forms(answer: str, annotators: Sequence[str]) -> tuple[str, list[str]]:
+    """A model's answer to a question and its annotators' answers, in the forms in which the task's official program compares them.
+
+    The answer is normalised wholly; the annotators' lose their marks alone, and only where they are not all the same. An annotator's
+    "a dog" is thus met by no answer, each of which has lost its article.
+
+    >>> compared_forms("The dog", ["a dog.", "dog."])
+    ('dog', ['a dog', 'dog'])
+    """
+    normal = normalize_answer(re.sub(r"[\n\t]", " ", answer).strip())
+    return normal, [without_marks(one) for one in annotators] if len(set(annotators)) > 1 else list(annotators)
 
 
 def vqa_rule(count: int) -> float:

@@ -2,7 +2,8 @@
 
 ViLT (https://arxiv.org/abs/2102.03334), sections 3.2, 3.3 and 4.2, as its released code draws them, with one difference: an image is never
 its own false image, nor its text its own false text, unless asked for. False ones come out of the whole data set, so that a batch may be
-small. Depends on a processor and a masking handed in; no model knowledge.
+small. A model that finds them in its batch by similarity ("Align before Fuse", https://arxiv.org/abs/2107.07651, section 3.2) is given the
+numbers that it draws them by. Depends on a processor and a masking handed in; no model knowledge.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,7 @@ class FusionPretrainingCollator(Collator):
         patch_size: of the model, in pixels; needed for the following two.
         max_image_length: most patches of an image, drawn anew for each pass; None keeps all.
         mask_patches: chance of each patch to be predicted from the others, 0.15 in the paper; 0 leaves masked patches out.
+        negative_draws: add the numbers by which a model draws false images and texts out of the batch.
 
     Raises:
         ValueError: no patch size where one is needed, a limit below 1 or a chance outside 0 to 1.
@@ -82,6 +84,7 @@ class FusionPretrainingCollator(Collator):
         patch_size: int | None = None,
         max_image_length: int | None = None,
         mask_patches: float = 0.0,
+        negative_draws: bool = False,
     ):
         super().__init__(processor, augment, seed, max_length)
         if not 0 <= mask_patches <= 1:
@@ -92,6 +95,7 @@ class FusionPretrainingCollator(Collator):
             raise ValueError("patches can be drawn only if their size is known: give the model's patch_size")
         self.pairs, self.mask = pairs, mask
         self.patch_size, self.max_image_length, self.mask_patches = patch_size, max_image_length, mask_patches
+        self.negative_draws = negative_draws
         self.false_rows = None if pairs is None else FalseRows(pairs.image_ids, allow_true)
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -107,6 +111,7 @@ class FusionPretrainingCollator(Collator):
             `patch_index`, `itm_patch_index` and `mpp_patch_index` int64 [B, n], of each pass, where patches are limited: the patches
             kept, as numbers in the grid of the canvas. `mpp_mask` and `mpp_replace` int64 [B, P] where patches are masked: 1 at those to
             be predicted, and of all 1 at those that are hidden if they are to be predicted.
+            `negative_draws` float32 [B, 2] in [0, 1) where asked for.
 
         Raises:
             ValueError: no items, pictures of several sizes with an `augment` that needs one, no false image in the data set.
@@ -131,6 +136,8 @@ class FusionPretrainingCollator(Collator):
             masked = self.mask(batch["input_ids"], batch["attention_mask"], generator)
             batch |= dict(zip(("mlm_input_ids", "mlm_labels"), masked, strict=True))
         batch |= self._patches(batch, generator)
+        if self.negative_draws:
+            batch["negative_draws"] = torch.rand(count, 2, generator=generator)
         return batch | {"image_ids": torch.tensor(ids, dtype=torch.int64)}
 
     def _patches(self, batch: Mapping[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -40,8 +40,8 @@ def annotator_accuracy(answers: Sequence[str], annotators: Sequence[Sequence[str
     """The official accuracy: the mean over all choices of nine of the ten annotators of min(those who agree / 3, 1).
 
     Args:
-        answers: N answers, and `annotators`: of each question what its annotators answered; both normalised, as the official code
-            does (`hf_vlp.data.answers.normalize_answer`).
+        answers: N answers, and `annotators`: of each question what its annotators answered; both in the form in which the
+            official program compares them (`hf_vlp.data.answers.compared_forms`).
 
     Returns:
         [N] float64.

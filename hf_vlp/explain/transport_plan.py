@@ -4,31 +4,17 @@ ViLT (https://arxiv.org/abs/2102.03334), figure 4; scaled for display as in the 
 with word-patch alignment: the states of others have no reason to lie where their patches are.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
+from hf_vlp.explain.words import WordMap, evaluating, real_ids, word_tokens
 from hf_vlp.objectives.word_patch_alignment import cosine_cost, patches_to_align, transport_plan, words_to_align
 
 NEEDED = ("text_hidden_states", "image_hidden_states", "image_mask", "patch_index", "patch_grid")
-
-
-@dataclass(frozen=True)
-class WordMap:
-    """Where one word of a text goes.
-
-    word: as it stands in the text. mass: [h, w] float32 over the picture's patches, how much of the text's mass of 1 this word brings to
-    each. heat: [h, w] float32 from 0 to 1, the same for display, see `heat_map`.
-    """
-
-    word: str
-    mass: torch.Tensor
-    heat: torch.Tensor
 
 
 @torch.no_grad()
@@ -58,28 +44,18 @@ def word_maps(
     """
     model = getattr(model, "base_model", model)
     batch = processor(images=picture, text=text, return_tensors="pt")
-    encoding = processor.tokenizer(text, verbose=False)
-    inner = words_to_align(batch["attention_mask"])[0].nonzero()[:, 0]  # of the tokens; [CLS] is the encoding's first
-    ids = batch["input_ids"][0, inner].tolist()
-    if not ids:
-        raise ValueError(f"the text {text!r} has no words: give one or more")
-    if ids != encoding["input_ids"][1 : 1 + len(ids)]:
-        raise ValueError(
-            f"the processor makes other tokens of {text!r} than its tokenizer does: give the text as the processor's cleaning leaves it"
-        )
+    words = word_tokens(processor.tokenizer, text, real_ids(batch))
     device = next(model.parameters()).device
-    with _evaluating(model):
+    with evaluating(model):
         outputs = model(**{name: value.to(device) for name, value in batch.items()})
     plan = patch_masses(outputs, batch["attention_mask"].to(device), solver=solver, beta=beta, iterations=iterations)
-    masses, real = plan[0][inner.to(device)].cpu(), real_patches(outputs)[0].cpu()
-    masses = masses[:, real.any(dim=1)][:, :, real.any(dim=0)]  # the picture without its canvas, [inner, h, w]
+    masses, real = plan[0].cpu(), real_patches(outputs)[0].cpu()
+    masses = masses[:, real.any(dim=1)][:, :, real.any(dim=0)]  # the picture without its canvas, [L, h, w]
 
-    words = encoding.word_ids(0)[1 : 1 + len(ids)]
     maps = []
-    for word in dict.fromkeys(words):
-        mass = masses[[place for place, owner in enumerate(words) if owner == word]].sum(dim=0)
-        start, end = encoding.word_to_chars(0, word)
-        maps.append(WordMap(text[start:end], mass, heat_map(mass)))
+    for word, places in words:
+        mass = masses[places].sum(dim=0)
+        maps.append(WordMap(word, mass, heat_map(mass)))
     return maps
 
 
@@ -130,15 +106,3 @@ def heat_map(mass: torch.Tensor) -> torch.Tensor:
     height = ((mass - mass.mean()) / deviation).clamp(1, 3)
     height = height - height.min()
     return (height / height.max().clamp(min=torch.finfo(height.dtype).tiny)).float()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; every module's mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -72,7 +72,7 @@ class Captions:
         if long:
             self._has_warned = True
             warnings.warn(
-                f"{len(long)} of {len(texts)} captions had more than {longest} tokens and were cut, end of text kept. "
+                f"{len(long)} of {len(texts)} captions had more than {longest} tokens and were cut, their marks kept. "
                 "This processor does not warn again.",
                 stacklevel=4,
             )

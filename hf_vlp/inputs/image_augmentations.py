@@ -5,8 +5,9 @@ prepared pictures and drawn from a generator.
 
 CLIP, "Learning Transferable Visual Models From Natural Language Supervision" (https://arxiv.org/abs/2103.00020), section 2.5;
 VSE-infinity, "Learning the Best Pooling Strategy for Visual Semantic Embedding" (https://arxiv.org/abs/2011.04305); ViLT
-(https://arxiv.org/abs/2102.03334), sections 3.4 and 4.2; and what small data sets need besides. R is the side of what the model sees, or
-the shorter side where pictures keep their proportions. Depends on `hf_vlp.inputs.image_transforms` and `hf_vlp.inputs.rand_augment`.
+(https://arxiv.org/abs/2102.03334), sections 3.4 and 4.2; "Align before Fuse" (https://arxiv.org/abs/2107.07651), section 3.5; and what
+small data sets need besides. R is the side of what the model sees, or the shorter side where pictures keep their proportions. Depends on
+`hf_vlp.inputs.image_transforms`, `hf_vlp.inputs.rand_augment` and `hf_vlp.inputs.random_augment`.
 """
 
 import difflib
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from hf_vlp.inputs import random_augment
 from hf_vlp.inputs.image_transforms import (
     CLIP_MEAN,
     CLIP_STD,
@@ -416,12 +418,135 @@ class WholePatchesRandAugment(WholePatches):
         Raises:
             ValueError: a picture that is too thin to be resized later: now its record is known.
         """
-        picture = to_rgb(picture)
-        if canvas is not None and max(picture.size) > canvas:
-            size = (max(1, round(side * canvas / max(picture.size))) for side in picture.size)
-            picture = resize_picture(picture, tuple(size), resample)
+        picture = _within(to_rgb(picture), canvas, resample)
         self.resized_size(picture)
         return picture
+
+
+View = tuple[Sequence[int] | None, bool, Sequence[str], Sequence[float]]  # window, mirrored, operations and their draws
+
+
+@dataclass
+class RandomAugmentCrop(_Augmentation):
+    """A random window resized to R x R, mirrored half of the time, and then `RandomAugment`: that of "Align before Fuse".
+
+    scale: smallest and largest area of the window, in areas of the picture: (0.2, 1) in the paper's pre-training, (0.5, 1) in fine-tuning;
+    None: no window, the whole picture is resized, as for places in pictures. aspect: the window's width to height is drawn between
+    1 / aspect and aspect, evenly in its logarithm. flip: chance to be mirrored (captions that say left and right suffer).
+    count, magnitude: of `RandomAugment`. resample: Pillow's number of the way of resizing.
+    """
+
+    scale: Sequence[float] | None = (0.2, 1.0)
+    aspect: float = 4 / 3
+    flip: float = 0.5
+    count: int = 2
+    magnitude: float = 7
+    resample: int = Image.Resampling.BICUBIC
+    policy: random_augment.RandomAugment = field(init=False, repr=False)
+
+    takes_mixed_sizes: ClassVar[bool] = True
+    default_margin: ClassVar[float | None] = None
+    ATTEMPTS: ClassVar[int] = 10  # at a window that fits
+
+    def __post_init__(self):
+        if self.scale is not None:
+            low, high = tuple(self.scale)
+            if not 0.0 < low <= high <= 1.0:
+                raise ValueError(f"scale={[low, high]} must be two rising numbers above 0, at most 1")
+        if self.aspect < 1.0:
+            raise ValueError(f"aspect={self.aspect} must be 1 or more: the window is up to so much wider or higher")
+        _spread(self.flip, "flip", 1.0)
+        self.policy = random_augment.RandomAugment(self.count, self.magnitude)
+
+    @staticmethod
+    def numbers_of(image_processor: Any) -> dict[str, Any]:
+        return {"resample": image_processor.resample}
+
+    @property
+    def has_canvas(self) -> bool:
+        return self.scale is not None
+
+    def draws(self, sizes: Sequence[tuple[int, int]], generator: torch.Generator) -> list[View]:
+        """What `__call__` takes for pictures of so many (width, height)."""
+        windows, flips = (
+            torch.rand(len(sizes), count, generator=generator, device=generator.device, dtype=torch.float64).tolist()
+            for count in (4 * self.ATTEMPTS, 1)
+        )
+        policies = self.policy.draws(len(sizes), generator)
+        return [
+            (None if self.scale is None else self._window(*size, numbers), flip < self.flip, *policy)
+            for size, numbers, (flip,), policy in zip(sizes, windows, flips, policies, strict=True)
+        ]
+
+    def _window(self, width: int, height: int, numbers: Sequence[float]) -> tuple[int, int, int, int]:
+        """Top, left, height and width: the first of ten attempts that fits, else the largest one in the middle."""
+        low, high = self.scale
+        for area, stretch, down, across in zip(*[iter(numbers)] * 4, strict=True):
+            area, stretch = width * height * (low + (high - low) * area), self.aspect ** (2 * stretch - 1)
+            wide, tall = round(math.sqrt(area * stretch)), round(math.sqrt(area / stretch))
+            if 0 < wide <= width and 0 < tall <= height:
+                return int(down * (height - tall + 1)), int(across * (width - wide + 1)), tall, wide
+        wide = min(width, round(height * self.aspect))
+        tall = min(height, round(width * self.aspect))
+        return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+    def __call__(
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        generator: torch.Generator | None = None,
+        *,
+        draws: Sequence[View] | None = None,
+    ) -> torch.Tensor:
+        """uint8 [B, 3, h, w], or B of [3, h, w] with their own sizes -> float32 [B, 3, R, R].
+
+        Args:
+            generator: to draw from, where draws are not given.
+            draws: per picture the window (top, left, height, width) or None for the whole, whether to mirror it, and names of operations
+                and their numbers as `RandomAugment` takes them.
+
+        Raises:
+            ValueError: neither generator nor draws, draws that do not fit the pictures or the operations.
+        """
+        if draws is None:
+            if generator is None:
+                raise ValueError("the augmentation needs a generator to draw from: give generator= or draws=")
+            draws = self.draws([(image.shape[-1], image.shape[-2]) for image in images], generator)
+        elif len(draws) != len(images):
+            raise ValueError(f"draws holds {len(draws)} entries for {len(images)} pictures: give one a picture")
+        views = [self._view(image, *given) for image, given in zip(images, draws, strict=True)]
+        return self.finished(torch.stack(views))
+
+    def _view(self, image: torch.Tensor, window: Sequence[int] | None, mirrored: bool, names, numbers) -> torch.Tensor:
+        """uint8 [3, h, w] -> [3, R, R]."""
+        height, width = image.shape[-2:]
+        if window is not None:
+            top, left, tall, wide = window
+            if min(top, left) < 0 or min(tall, wide) < 1 or top + tall > height or left + wide > width:
+                raise ValueError(
+                    f"the window (top, left, height, width) of {tuple(window)} leaves the picture of {width} x {height} pixels"
+                )
+            image = image[:, top : top + tall, left : left + wide]
+        picture = resize_width_first(
+            picture_from_array(image, channels_first=True), (self.size, self.size), self.resample
+        )
+        pixels = to_tensor(picture)
+        pixels = (pixels.flip(-1) if mirrored else pixels).permute(1, 2, 0).numpy()
+        return torch.from_numpy(self.policy(pixels, names, numbers)).permute(2, 0, 1)
+
+    def lay_out(self, picture: Image.Image, canvas: int | None, resample: int) -> Image.Image:
+        """The picture in RGB, a longer side beyond `canvas` shrunk to it; without windows resized as the model sees it."""
+        picture = to_rgb(picture)
+        if self.scale is None:
+            return resize_width_first(picture, (self.size, self.size), self.resample)
+        return _within(picture, canvas, resample)
+
+
+def _within(picture: Image.Image, canvas: int | None, resample: int) -> Image.Image:
+    """The picture with its longer side shrunk to `canvas` where it is longer, and its proportions kept."""
+    if canvas is None or max(picture.size) <= canvas:
+        return picture
+    width, height = (max(1, round(side * canvas / max(picture.size))) for side in picture.size)
+    return resize_picture(picture, (width, height), resample)
 
 
 AUGMENTATIONS = {
@@ -430,6 +555,7 @@ AUGMENTATIONS = {
     "random_crop_squash": RandomCropSquash,
     "pixelbert": WholePatches,
     "pixelbert_randaugment": WholePatchesRandAugment,
+    "random_augment": RandomAugmentCrop,
 }
 
 
@@ -440,7 +566,7 @@ def build_augmentation(
     std: Sequence[float] = CLIP_STD,
     channel_order: str = "rgb",
     **numbers: Any,
-) -> RandomSquareCrop | RandomResizedCrop | RandomCropSquash | WholePatches:
+) -> RandomSquareCrop | RandomResizedCrop | RandomCropSquash | WholePatches | RandomAugmentCrop:
     """The augmentation of that name.
 
     Raises:
@@ -475,8 +601,9 @@ class TrainingTransform:
         name: of the augmentation; CLIP's own if not given.
         canvas: pixels to which a picture is reduced once; pictures kept in memory are as large. `random_square_crop`: length of the shorter
             side, R if not given. `random_resized_crop`: of the middle square, 9/8 R if not given. `random_crop_squash`: longest side,
-            each axis on its own and antialiased; if not given pictures keep their size, as in the released code. `pixelbert_randaugment`:
-            longest side, with proportions kept; else as before. `pixelbert` has none: its pictures are kept as the model sees them.
+            each axis on its own and antialiased; if not given pictures keep their size, as in the released code. `pixelbert_randaugment`
+            and `random_augment`: longest side, with proportions kept; else as before. `pixelbert` and `random_augment` with `scale` None
+            have none: their pictures are kept as the model sees them.
         numbers: of the augmentation.
 
     Raises:

@@ -75,6 +75,27 @@ class Pictures:
         return super()._prepare_images_structure(images, expected_ndims)
 
 
+def pictures_or_pairs(image_processor: Any, images: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The image processor's batch; of a list of pairs, [[left, right], ...], with an axis for the two.
+
+    Raises:
+        ValueError: a pair that is none, and what the image processor refuses.
+    """
+    if not isinstance(images, (list, tuple)) or not any(isinstance(entry, (list, tuple)) for entry in images):
+        return image_processor(images, **options)
+    for position, pair in enumerate(images):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            found = f"{len(pair)} pictures" if isinstance(pair, (list, tuple)) else "one picture without a list"
+            raise ValueError(f"entry {position} of images is {found}: where one entry is a pair, each must be one")
+    batch = image_processor([image for pair in images for image in pair], **options)
+    return {
+        name: [value[i : i + 2] for i in range(0, len(value), 2)]
+        if isinstance(value, list)  # pictures of several sizes
+        else value.reshape(len(images), 2, *value.shape[1:])
+        for name, value in batch.items()
+    }
+
+
 def as_picture(image: Any, input_data_format: Any = None) -> Image.Image:
     """A PIL image as it is; an array or tensor of uint8 pixels as one."""
     if isinstance(image, Image.Image):

@@ -5,7 +5,8 @@ Language Supervision" (https://arxiv.org/abs/2103.00020), section 2.4. The resul
 loads without this package. It does not clean its text: `hf_vlp.inputs.text_cleaning.clean_clip_text` comes first (`VlpClipProcessor`
 does it).
 Word pieces: "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding" (https://arxiv.org/abs/1810.04805),
-section 3; transformers' `BertTokenizer`. Whole words are in `hf_vlp.inputs.word_tokenizer`.
+section 3; transformers' `BertTokenizer`, and the same without its end mark as "Align before Fuse" (https://arxiv.org/abs/2107.07651)
+reads texts. Whole words are in `hf_vlp.inputs.word_tokenizer`.
 """
 
 import gzip
@@ -15,9 +16,9 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, models, processors, trainers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_WORD = "</w>"
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
@@ -161,6 +162,37 @@ def train_wordpiece_tokenizer(texts: Iterable[str], vocab_size: int, max_length:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return BertTokenizer(vocab=tokenizer.get_vocab(), **options)
+
+
+def without_end_mark(tokenizer: BertTokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer with `[CLS]` before a text and nothing after it; pairs of texts keep their `[SEP]`.
+
+    A text cut to n tokens so has n - 1 of its own. `[SEP]` written in a text is the mark still, unless the tokenizer splits special tokens.
+    The class is the general one, because transformers' `BertTokenizer` puts its mark back whenever it is made: a saved folder loads with
+    `AutoTokenizer`, not with `BertTokenizer`.
+
+    Raises:
+        ValueError: a tokenizer without `[CLS]` or `[SEP]`.
+    """
+    start, end = tokenizer.cls_token, tokenizer.sep_token
+    if start is None or end is None:
+        raise ValueError(f"the tokenizer's marks are {start!r} and {end!r}: it needs a cls_token and a sep_token")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{start}:0 $A:0",
+        pair=f"{start}:0 $A:0 {end}:0 $B:1 {end}:1",
+        special_tokens=[(start, tokenizer.cls_token_id), (end, tokenizer.sep_token_id)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **tokenizer.special_tokens_map,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        split_special_tokens=tokenizer.split_special_tokens,
+    )
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

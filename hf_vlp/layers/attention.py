@@ -79,23 +79,32 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(key_value_size, hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size if out_size is None else out_size)
 
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """[B, L, D] -> [B, heads, L, head size]."""
+        return projected.unflatten(-1, (self.num_heads, self.head_size)).transpose(1, 2)
+
+    def keys_and_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `states` [B, L, key_value_size], each [B, heads, L, head size]: computed once where several passes attend to them."""
+        return self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
+        key_values: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` [B, Q, D] attend to `key_value_states` [B, L, key_value_size], or to themselves.
 
-        `attention_mask` is what transformers' mask functions make for the chosen implementation (None: everything, or
-        the causal triangle where `is_causal`). Returns [B, Q, out_size] and, with "eager" only, the weights [B, heads, Q, L].
+        `key_values`: what `keys_and_values` made of such states, in their place. `attention_mask` is what transformers' mask functions
+        make for the chosen implementation (None: everything, or the causal triangle where `is_causal`). Returns [B, Q, out_size] and, with
+        "eager" only, the weights [B, heads, Q, L].
         """
-        source = hidden_states if key_value_states is None else key_value_states
-        query, key, value = (
-            projection(states).unflatten(-1, (self.num_heads, self.head_size)).transpose(1, 2)  # [B, heads, ., head size]
-            for projection, states in ((self.q_proj, hidden_states), (self.k_proj, source), (self.v_proj, source))
-        )
+        query = self._heads(self.q_proj(hidden_states))
+        if key_values is None:
+            key_values = self.keys_and_values(hidden_states if key_value_states is None else key_value_states)
+        key, value = key_values
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, weights = attend(
             self,

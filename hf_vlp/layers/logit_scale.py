@@ -1,4 +1,4 @@
-"""The learned scale of contrastive logits (initial value, limit and clamp in one place) and the bias of the sigmoid loss."""
+"""The learned scale of contrastive logits (initial value, limit and clamp in one place), the bias of the sigmoid loss, the temperature."""
 
 import math
 
@@ -58,3 +58,29 @@ class LogitBias(nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.weight.float()
+
+
+class Temperature(nn.Module):
+    """A learned positive number that divides similarities (ALBEF, https://arxiv.org/abs/2107.07651, section 3.2), 0.07 at the start.
+
+    Args:
+        initial: at the start. limits: smallest and largest value, which `clamp_` holds it to; None for none.
+    """
+
+    def __init__(self, initial: float, limits: tuple[float, float] | None = None):
+        super().__init__()
+        self.initial, self.limits = initial, limits
+        self.weight = nn.Parameter(torch.tensor(float(initial)))
+
+    def reset_parameters(self) -> None:
+        init.constant_(self.weight, self.initial)
+
+    def forward(self) -> torch.Tensor:
+        """A float32 scalar."""
+        return self.weight.float()
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Put the number between its limits: to be called before every step."""
+        if self.limits is not None:
+            self.weight.clamp_(*self.limits)

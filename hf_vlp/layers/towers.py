@@ -114,3 +114,27 @@ def fill_tower(model: PreTrainedModel, name: str, tower: str | PreTrainedModel) 
             f"{', '.join(missing[:5]) or 'nothing'} and has besides {', '.join(unexpected[:5]) or 'nothing'}; "
             "give the bare encoder, as AutoModel loads it"
         )
+
+
+@torch.no_grad()
+def take_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], needed: tuple[str, ...], source: str) -> None:
+    """Copy `weights`, under the names of the model's parameters, into it.
+
+    Args:
+        needed: how the names begin of parameters that must all be among them.
+        source: what they are of, for messages.
+
+    Raises:
+        ValueError: a weight that the model has not, or has in another size, or one that is lacking; nothing is copied then.
+    """
+    held = dict(model.named_parameters())
+    wrong = [
+        f"{name} {list(weight.shape)} for {list(held[name].shape) if name in held else 'none'}"
+        for name, weight in weights.items()
+        if name not in held or held[name].shape != weight.shape
+    ]
+    lacking = [name for name in held if name.startswith(needed) and name not in weights]
+    if wrong or lacking:
+        raise ValueError(f"{source} has other sizes than this model: {', '.join((wrong + lacking)[:5])}")
+    for name, weight in weights.items():
+        held[name].copy_(weight)

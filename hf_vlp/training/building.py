@@ -135,6 +135,8 @@ def build_model(
         refuse_other_sizes(found["mismatched_keys"], before.num_labels, config.num_labels)
         if wanted != image_size(before):
             resize_images(model, wanted)
+        if hasattr(model, "queue"):
+            model.queue.forget_images()
         return model
     text = text_config(config)
     text.vocab_size = len(tokenizer)
@@ -143,7 +145,7 @@ def build_model(
     model = auto_class.from_config(config, **attention)
     for name, source in recipe.model.towers.items():
         try:
-            model.base_model.fill_tower(name, source)
+            (model if hasattr(model, "fill_tower") else model.base_model).fill_tower(name, source)
         except (ValueError, OSError, AttributeError) as error:
             raise RecipeError(f"model.towers.{name} = {source!r}: {' '.join(str(error).split())}") from error
     return model

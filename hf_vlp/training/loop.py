@@ -41,7 +41,8 @@ def train(
     """Trains until `stream.progress.step == steps`.
 
     Args:
-        model, optimizer: as `accelerator.prepare` returned them; `scheduler` is not prepared and stepped once a step.
+        model, optimizer: as `accelerator.prepare` returned them; `scheduler` is not prepared and stepped once a step. A model that has
+            `before_step` or `after_step` is told of every step.
         stream: endless batches, and the progress of the run, which is brought forward here.
         evaluate: returns metrics; called by all processes before step 0, every `evaluate_every` steps and at the end.
         checkpoints: saved every `save_every` steps, whenever an evaluation is the best so far, and at the end.
@@ -53,7 +54,7 @@ def train(
         NonFiniteLoss (hf_vlp.training.meter): checkpoints of earlier steps stay as they are.
     """
     inner, progress = accelerator.unwrap_model(model), stream.progress
-    after_step = getattr(inner, "after_step", lambda: None)
+    before_step, after_step = (getattr(inner, name, lambda: None) for name in ("before_step", "after_step"))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     meter = Meter(accelerator, inner, getattr(stream.sampler, "batch_size", None))
     metrics = None
@@ -75,6 +76,7 @@ def train(
     while progress.step < steps:
         with _timed(progress, "training_seconds"):
             fetched = [next(batches) for _ in range(accumulation)]
+            before_step()
             losses = step(accelerator, model, fetched)
             norm = accelerator.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm)
             rate = optimizer.param_groups[0]["lr"]

@@ -173,15 +173,30 @@ def rate_factor(
     end_factor: float = 0.0,
     milestones: list[float] | tuple[float, ...] = (),
     gamma: float = 0.1,
+    start_factor: float = 0.0,
+    warmup_unit: int = 100,
+    epoch_steps: float | None = None,
 ) -> float:
-    """The factor on the peak rate at optimizer step `step` (from 0): linear warm-up from 0, then down to `end_factor`.
+    """The factor on the peak rate at optimizer step `step` (from 0): linear warm-up from `start_factor`, then down to `end_factor`.
 
     "cosine": half a cosine wave; "linear"; "polynomial": (1 - progress) ** power; "constant": 1; "step": `gamma` to the number of
-    `milestones`, parts of the whole run, that are reached. With `end_factor` 0 the values are those of the transformers schedules of the
+    `milestones`, parts of the whole run, that are reached. With both factors 0 the values are those of the transformers schedules of the
     same names.
+
+    "cosine_epochs" is the schedule of "Align before Fuse" (https://arxiv.org/abs/2107.07651): one value an epoch of `epoch_steps` steps, on
+    half a cosine wave over all epochs, whose end is never reached. The warm-up is in the first epoch, which cuts it short: it rises once
+    every `warmup_unit` steps, the first time after the step `warmup_unit`, and is at its height after `warmup_steps`.
     """
+    if name == "cosine_epochs":
+        if not epoch_steps:
+            raise ValueError(f"schedule cosine_epochs: epoch_steps = {epoch_steps}, expected the steps of an epoch")
+        epoch = int(step / epoch_steps)
+        if epoch:
+            return end_factor + (1.0 - end_factor) * 0.5 * (1.0 + math.cos(math.pi * epoch * epoch_steps / total_steps))
+        units, reached = warmup_steps // warmup_unit, max(0, step - 1) // warmup_unit
+        return start_factor + (1.0 - start_factor) * reached / units if reached < units else 1.0
     if step < warmup_steps:
-        return step / max(1, warmup_steps)
+        return start_factor + (1.0 - start_factor) * step / max(1, warmup_steps)
     if name == "constant":
         return 1.0
     if name == "step":
@@ -192,7 +207,7 @@ def rate_factor(
     elif name in ("linear", "polynomial"):
         falling = (1.0 - progress) ** (power if name == "polynomial" else 1.0)
     else:
-        raise ValueError(f"schedule {name!r}: expected cosine, linear, polynomial, constant or step")
+        raise ValueError(f"schedule {name!r}: expected cosine, cosine_epochs, linear, polynomial, constant or step")
     return end_factor + (1.0 - end_factor) * falling
 
 

@@ -50,7 +50,7 @@ class ProcessorRecipe:
     layout. Without either a `vocabulary` is trained on the training texts, and on those of the files `vocabulary_records`: "byte_pairs"
     in CLIP's layout, "word_pieces" in BERT's, of `vocabulary_size` (4096) entries, or whole "words" seen at least `minimum_count` (4)
     times. `max_length`: tokens with both marks; if not given 77 for byte pairs, else the tokenizer's own limit, and no more than the model
-    has positions.
+    has positions. `end_mark`: false leaves out the mark behind a text, as ALBEF's word pieces do.
     `image_processor`: further arguments of the image processor (the size comes from the model's config).
     A saved processor has its tokenizer: `tokenizer`, `vocabulary` and what it is made by are an error beside it;
     `max_length`, `text_cleaning` and `image_processor` override what was saved.
@@ -62,6 +62,7 @@ class ProcessorRecipe:
     vocabulary_size: int | None = None
     vocabulary_records: list[str] | None = None
     minimum_count: int | None = None
+    end_mark: bool | None = None
     max_length: int | None = None
     text_cleaning: Literal["clip", "none"] | None = None
     image_processor: dict[str, Any] = field(default_factory=dict)
@@ -222,22 +223,30 @@ class OptimizerRecipe:
 
 @dataclass
 class ScheduleRecipe:
-    """The factor on the learning rate: linear warm-up, then `name` down to `end_factor`.
+    """The factor on the learning rate: linear warm-up from `start_factor`, then `name` down to `end_factor`.
 
     The warm-up is `warmup_steps` long, or `warmup_share` of the run (0.1: the first tenth of its steps).
     "step" multiplies by `gamma` at each of the `milestones`, which are parts of the whole run (0.6: after 60 % of the steps).
+    "cosine_epochs" changes the rate once an epoch and, within the first, every `warmup_unit` of the `warmup_steps`.
     """
 
-    name: Literal["cosine", "linear", "polynomial", "constant", "step"] = "cosine"
+    name: Literal["cosine", "cosine_epochs", "linear", "polynomial", "constant", "step"] = "cosine"
     warmup_steps: int = 0
     warmup_share: float = 0.0
+    start_factor: float = 0.0
+    warmup_unit: int = 100
     power: float = 1.0
     end_factor: float = 0.0
     milestones: list[float] = field(default_factory=list)
     gamma: float = 0.1
 
     def __post_init__(self):
-        _at_least("schedule", self, warmup_steps=0, power=0, end_factor=0, gamma=0)
+        _at_least("schedule", self, warmup_steps=0, start_factor=0, warmup_unit=1, power=0, end_factor=0, gamma=0)
+        if self.name == "cosine_epochs" and (self.warmup_share or self.warmup_steps % self.warmup_unit):
+            raise RecipeError(
+                f"schedule.warmup_steps = {self.warmup_steps}, schedule.warmup_share = {self.warmup_share}: cosine_epochs expects steps, a "
+                f"multiple of schedule.warmup_unit = {self.warmup_unit}"
+            )
         if not 0 <= self.warmup_share < 1 or (self.warmup_share and self.warmup_steps):
             raise RecipeError(
                 f"schedule.warmup_share = {self.warmup_share}: expected a part of the run from 0 to below 1, and none beside "
@@ -249,9 +258,9 @@ class ScheduleRecipe:
                 "and none with another"
             )
 
-    def numbers(self, total_steps: int) -> dict[str, Any]:
-        """What `hf_vlp.training.optim.schedule` takes, for a run of `total_steps`."""
-        numbers = dataclasses.asdict(self)
+    def numbers(self, total_steps: int, epoch_steps: float | None = None) -> dict[str, Any]:
+        """What `hf_vlp.training.optim.schedule` takes, for a run of `total_steps`, `epoch_steps` an epoch."""
+        numbers = dataclasses.asdict(self) | {"epoch_steps": epoch_steps}
         share = numbers.pop("warmup_share")
         return numbers | {"warmup_steps": int(total_steps * share)} if share else numbers
 

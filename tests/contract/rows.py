@@ -10,6 +10,7 @@ import torch
 from transformers import BertConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_vlp.auto import TABLE, resolve
+from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig, VlpAlbefTextConfig, VlpAlbefVisionConfig
 from hf_vlp.models.clip.configuration_clip import (
     VlpClipConfig,
     VlpClipResNetConfig,
@@ -32,9 +33,10 @@ class Row:
 
     model: "module:Class" as in `hf_vlp.auto.TABLE`. config: builds the tiny configuration. inputs: batch keys of the forward.
     size: side R of its images, other_size: a height and width that is not the trained one. cell: pixels along a cell of its grid.
-    reads_both: words and image are read together, so that neither is embedded alone. weights: of terms of a loss, 1 if not given.
+    reads_both: words and image are read together, so that neither is embedded alone. aligned: each is embedded alone, and then both are
+    read together to score a pair. weights: of terms of a loss, 1 if not given.
     attention: False where no layer attends. unit: False where the configuration leaves embeddings as long as they are.
-    lora: projections that adapters replace.
+    lora: projections that adapters replace, or a pattern of their names.
     recorded: path in the output -> number of (hidden states, attention maps) that are recorded there.
     checkpoints: names of the classes that checkpoint themselves. no_gradient: ends of names whose gradient is zero by algebra
     (a key bias shifts all scores of a query alike).
@@ -48,10 +50,11 @@ class Row:
     other_size: tuple[int, int] = (40, 48)
     cell: int = 32
     reads_both: bool = False
+    aligned: bool = False
     weights: dict[str, float] = field(default_factory=dict)
     attention: bool = True
     unit: bool = True
-    lora: tuple[str, ...] = ("q_proj", "v_proj")
+    lora: tuple[str, ...] | str = ("q_proj", "v_proj")
     recorded: dict[str, tuple[int, int]] = field(default_factory=dict)
     checkpoints: tuple[str, ...] = ("Block",)
     no_gradient: tuple[str, ...] = ("k_proj.bias", "key.bias")
@@ -151,6 +154,12 @@ class Row:
             made["image_ids"] = torch.tensor([7, 7, 8, 9, 10, 11])[:rows]
         if "labels" in self.inputs:
             made["labels"] = torch.randint(CLASSES, (rows,), generator=draw)
+        if "negative_draws" in self.inputs:
+            made["negative_draws"] = torch.rand(rows, 2, generator=draw)
+        if "mlm_labels" in self.inputs and not self.reads_both:
+            masked = (torch.rand(rows, 10, generator=draw) < 0.4) & made["attention_mask"].bool()
+            made["mlm_labels"] = torch.where(masked, made["input_ids"], -100)
+            made["mlm_input_ids"] = torch.where(masked, 2, made["input_ids"])
         return self.read_together(made, draw) if self.reads_both else made
 
     def read_together(self, made: dict[str, torch.Tensor], draw: torch.Generator) -> dict[str, torch.Tensor]:
@@ -278,6 +287,33 @@ def vilt_config(**fields) -> Callable[[], VlpViltConfig]:
     return lambda: VlpViltConfig(**sizes, **tables, **rest, **fields)
 
 
+def albef_text_config() -> VlpAlbefTextConfig:
+    return VlpAlbefTextConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=16, pad_token_id=END, initializer_range=0.2, **LAYERS, **NO_DROPOUT
+    )
+
+
+def albef_vision_config() -> VlpAlbefVisionConfig:
+    return VlpAlbefVisionConfig(image_size=32, patch_size=8, initializer_range=0.2, **LAYERS)
+
+
+def albef_config(text=albef_text_config, **fields) -> Callable[[], VlpAlbefConfig]:
+    def build() -> VlpAlbefConfig:
+        return VlpAlbefConfig(
+            text_config=text(),
+            vision_config=albef_vision_config(),
+            multimodal_config=LAYERS | NO_DROPOUT,
+            projection_dim=24,
+            queue_size=10,
+            initializer_range=0.2,
+            **fields,
+        )
+
+    return build
+
+
+LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 RESNET = {"size": 64, "other_size": (96, 64), "checkpoints": ("Block", "Bottleneck")}
 FOREIGN = {"lora": ("query", "value"), "checkpoints": ("BertLayer",)}
 PAIR = ("input_ids", "attention_mask", "pixel_values")
@@ -298,6 +334,12 @@ VILT, VILT_TASKS = "vilt.modeling_vilt:VlpVilt", "vilt.tasks_vilt:VlpViltFor"
 BOTH = (*PAIR, "pixel_mask")
 MASKED_WORDS = ("mlm_input_ids", "mlm_labels")
 MATCHING = ("itm_pixel_values", "itm_pixel_mask", "itm_labels")
+ALBEF = "albef.modeling_albef:VlpAlbef"
+ALIGNED = {
+    "aligned": True,
+    "checkpoints": ("Block", "PostNormBlock"),
+    "lora": r"(?!.*teacher\.).*(q_proj|v_proj)",  # the momentum copy has no gradient
+}
 STREAM = {"reads_both": True, "recorded": {"": (3, 2)}}
 TERMS = {"reads_both": True, "weights": {"wpa": 0.1}}
 
@@ -428,4 +470,22 @@ ROWS = [
         **STREAM,
     ),
     Row(f"{VILT_TASKS}VisualReasoning", "two-images", vilt_config(), (*BOTH, "labels"), reads_both=True),
+    Row(
+        f"{ALBEF}TextModel",
+        "first-half",
+        albef_text_config,
+        ("input_ids", "attention_mask"),
+        recorded={"": (3, 2)},
+        checkpoints=("PostNormBlock",),
+    ),
+    Row(f"{ALBEF}VisionModel", "vit", albef_vision_config, ("pixel_values",), recorded={"": (3, 2)}),
+    Row(f"{ALBEF}Model", "fused", albef_config(), PAIR, recorded={"": (3, 2)}, **ALIGNED),
+    Row(
+        f"{ALBEF}ForPreTraining",
+        "all-terms",
+        albef_config(),
+        (*PAIR, *MASKED_WORDS, "image_ids", "negative_draws"),
+        **ALIGNED,
+    ),
+    Row(f"{ALBEF}ForImageTextRetrieval", "identities", albef_config(), (*PAIR, "image_ids", "negative_draws"), **ALIGNED),
 ]

@@ -18,7 +18,12 @@ from hf_vlp.export.hub import push_to_hub, write_card
 from tests.contract.tiny import save_tiny_clip, save_tiny_vse
 
 ROOT = Path(__file__).parents[2]
-MODELING = {"vlp_clip": "clip/modeling_clip.py", "vlp_vse": "vse/modeling_vse.py", "vlp_vilt": "vilt/modeling_vilt.py"}
+MODELING = {
+    "vlp_clip": "clip/modeling_clip.py",
+    "vlp_vse": "vse/modeling_vse.py",
+    "vlp_vilt": "vilt/modeling_vilt.py",
+    "vlp_albef": "albef/modeling_albef.py",
+}
 RESULT = {
     "task": "retrieval",
     "data": "my_pairs/test.parquet",

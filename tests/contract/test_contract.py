@@ -142,8 +142,9 @@ def test_a_saved_model_loads_to_equal_outputs(subject):
 def test_a_saved_folder_holds_safetensors_and_json_only(subject):
     assert {path.name for path in subject.folder.iterdir()} == {"config.json", "model.safetensors"}
     stored, held = load_file(subject.folder / "model.safetensors"), subject.model.state_dict()
-    assert stored.keys() == held.keys()
-    assert all(torch.equal(stored[name], held[name]) for name in held)
+    tied = getattr(subject.model, "all_tied_weights_keys", {})
+    assert stored.keys() == held.keys() - tied.keys()
+    assert all(torch.equal(stored[tied.get(name, name)], held[name]) for name in held)
 
 
 def test_a_second_save_writes_the_same_names(subject, tmp_path):
@@ -192,6 +193,11 @@ def test_what_a_checkpoint_lacks_is_initialised(subject, kept, garbage_memory):
         assert tensor.device.type == "cpu", name
         if name in names:
             assert torch.equal(tensor, stored[name]), f"{name} was overwritten"
+        elif any(source == name and target in names for target, source in loaded.all_tied_weights_keys.items()):
+            assert torch.equal(tensor, stored[name]), f"{name} is not what it is tied to"
+        elif name.startswith("teacher."):
+            own = loaded.get_parameter(name.removeprefix("teacher."))
+            assert torch.equal(tensor, own), f"{name} is no copy of what it teaches"
         elif not start.is_floating_point() or start.numel() < 2 or start.std() == 0:
             assert torch.equal(tensor, start), f"{name} is {tensor} and starts at {start}"
         else:
@@ -226,7 +232,10 @@ def test_return_dict_false_gives_the_same_as_a_tuple(subject):
 def test_order_of_the_batch_does_not_matter(subject):
     order = torch.tensor([2, 0, 3, 1])
     turned = run(subject.model, {name: tensor[order] for name, tensor in subject.batch.items()})
+    drawn = (".loss", ".losses.itm") if "negative_draws" in subject.batch else ()  # a draw counts along the batch
     for name, tensor in subject.outputs.items():
+        if name in drawn:
+            continue
         expected = tensor[order] if tensor.ndim else tensor
         if "logits_per" in name:
             expected = expected[:, order]
@@ -383,7 +392,8 @@ def test_every_attention_goes_through_the_dispatch(subject, monkeypatch):
     outputs = run(model, subject.batch)
     owners = [module for module in model.modules() if hasattr(module, "is_causal")]
     assert bool(owners) == subject.row.attention
-    assert {id(owner) for owner in owners} == {id(module) for module in calls}
+    trained = [owner for owner in owners if next(owner.parameters()).requires_grad]
+    assert {id(owner) for owner in trained} <= {id(module) for module in calls} <= {id(owner) for owner in owners}
     assert (largest_difference(subject.outputs, outputs) > 1e-4) == subject.row.attention
 
 
@@ -466,7 +476,7 @@ def test_checkpointing_runs_again_and_leaves_gradients_alone(subject):
         # a layer checkpoints inside its call, so its first part tells how often it ran
         passes.clear()
         for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
+            if isinstance(module, GradientCheckpointingLayer) and next(module.parameters()).requires_grad:
                 first = next(
                     part for part in module.modules() if next(part.parameters(recurse=False), None) is not None
                 )
@@ -498,7 +508,7 @@ def test_lora_round_trip(subject, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     adapted = get_peft_model(
-        subject.load(), LoraConfig(r=2, target_modules=list(subject.row.lora), init_lora_weights=False)
+        subject.load(), LoraConfig(r=2, target_modules=subject.row.lora, init_lora_weights=False)
     )
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trainable and all("lora_" in name for name in trainable)
@@ -608,9 +618,11 @@ def test_features_equal_the_forward_and_are_unit_rows_where_the_configuration_sa
         assert torch.allclose(features.norm(dim=1), torch.ones(4), atol=1e-5 if row.unit else 1e-2) == row.unit
         assert torch.allclose(features, subject.outputs[f".{side}_embeds"], atol=1e-5)
         raw = called.get(f"encode_{side}")
-        if raw is not None:
+        if isinstance(raw, torch.Tensor):
             assert not torch.allclose(raw.norm(dim=1), torch.ones(4), atol=1e-2)
             assert torch.allclose(raw / raw.norm(dim=1, keepdim=True) if row.unit else raw, features, atol=1e-5)
+    if row.aligned:  # its scores are of another kind
+        return
     pair = {name: subject.batch[name] for name in ("input_ids", "attention_mask", *row.image_inputs)}
     products = (called["get_image_features"] * called["get_text_features"]).sum(1)
     assert torch.allclose(subject.model.score_pairs(**pair), products, atol=rounding(products))
@@ -618,7 +630,7 @@ def test_features_equal_the_forward_and_are_unit_rows_where_the_configuration_sa
     assert not torch.allclose(subject.model.score_pairs(**pair), mixed, atol=1e-3)
 
 
-@rows(lambda row: row.model.endswith("ForPreTraining") and not row.reads_both)
+@rows(lambda row: hasattr(row.model_class, "objective"))
 def test_the_loss_equals_the_base_models_logits_turned_into_a_loss(subject):
     """Training computes the last block for the pooled row alone; the full forward must give the same loss and gradients."""
     model = subject.load()
@@ -632,7 +644,7 @@ def test_the_loss_equals_the_base_models_logits_turned_into_a_loss(subject):
         assert torch.allclose(trained[name], parameter.grad, rtol=1e-3, atol=1e-5), name
 
 
-@rows(lambda row: row.model.endswith(("TextModel", "VisionModel", "ResNetModel")))
+@rows(lambda row: hasattr(row.model_class, "pooled_output") and row.recorded)
 def test_the_pooled_row_alone_equals_the_whole_tower(subject):
     model = subject.load()
     main = subject.batch[model.main_input_name]

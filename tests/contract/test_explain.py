@@ -10,9 +10,14 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModel, AutoProcessor
 
-from hf_vlp.explain.draw import map_sheet, overlay
+from hf_vlp.explain.attention_maps import picture_maps
+from hf_vlp.explain.draw import glow, map_sheet, overlay
 from hf_vlp.explain.transport_plan import heat_map, patch_masses, real_patches, word_maps
-from hf_vlp.inputs.vocabulary import train_wordpiece_tokenizer
+from hf_vlp.inputs.vocabulary import train_wordpiece_tokenizer, without_end_mark
+from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
+from hf_vlp.models.albef.image_processing_albef import VlpAlbefImageProcessor
+from hf_vlp.models.albef.modeling_albef import VlpAlbefForImageTextRetrieval
+from hf_vlp.models.albef.processing_albef import VlpAlbefProcessor
 from hf_vlp.models.vilt.configuration_vilt import VlpViltConfig
 from hf_vlp.models.vilt.image_processing_vilt import VlpViltImageProcessor
 from hf_vlp.models.vilt.modeling_vilt import VlpViltForPreTraining
@@ -250,3 +255,56 @@ def test_the_sheet_is_a_png(explain, capsys):
     with pytest.raises(SystemExit):
         explain("--image", "a.png", "--text", "red", "--output", "map.gif")
     assert "--output map.gif is no .png file" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def attending(tmp_path_factory) -> Path:
+    """A tiny model whose words attend to the image, as fine-tuning on retrieval saves it."""
+    folder = tmp_path_factory.mktemp("albef")
+    tokenizer = without_end_mark(train_wordpiece_tokenizer(TEXTS, 40, 16))
+    tools = VlpAlbefProcessor(VlpAlbefImageProcessor(size={"height": 32, "width": 32}), tokenizer)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["initializer_range"] = 0.2
+    config = VlpAlbefConfig(
+        vision_config={**sizes, "image_size": 32, "patch_size": PATCH},
+        text_config={**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
+        multimodal_config={**sizes, "num_hidden_layers": 3},
+        projection_dim=8,
+        queue_size=4,
+    )
+    torch.manual_seed(0)
+    VlpAlbefForImageTextRetrieval(config).save_pretrained(folder)
+    tools.save_pretrained(folder)
+    return folder
+
+
+def test_the_script_shows_what_words_attend_to(explain, attending, capsys, monkeypatch):
+    def run(*words) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(attending), "--image", "a.png", *words])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
+
+    assert run("--text", "red blue sky", "--output", "all.png") == ["red blue sky", "red", "blue", "sky"]
+    assert run("--text", "red blue sky", "--word", "Blue sky", "red", "--output", "two.png") == ["Blue sky", "red"]
+    assert len(run("--text", "red blue sky", "--layer", "2", "--output", "other.png")) == 4
+    with Image.open("all.png") as sheet, Image.open("two.png") as two, Image.open("other.png") as other:
+        assert sheet.size == (4 * 248 + 8, 160 + 22 + 8 + 8) and two.size[0] == 2 * 248 + 8
+        assert sheet.tobytes() != other.tobytes()
+    model = VlpAlbefForImageTextRetrieval.from_pretrained(attending)
+    maps = picture_maps(model, AutoProcessor.from_pretrained(attending), Image.open("a.png"), "red blue sky")
+    drawn = map_sheet(Image.open("a.png"), [one.word for one in maps], [one.heat for one in maps], draw=glow)
+    with Image.open("all.png") as sheet:
+        assert drawn.tobytes() == sheet.tobytes()
+    for words, message in (
+        (("--text", "red sky", "--layer", "1"), "layer 1 has no attention to the image: choose one of 2 to 4"),
+        (("--text", "red sky", "--word", "sky red"), "no 'sky red'; it has red, sky"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run(*words, "--output", "absent.png")
+        assert message in str(end.value.code) and not Path("absent.png").exists()
+
+
+def test_a_model_without_attention_to_the_image_has_no_layers_of_it(explain, capsys):
+    with pytest.raises(SystemExit):
+        explain("--image", "a.png", "--text", "red", "--layer", "2", "--output", "map.png")
+    assert "--layer is of models whose words attend to the image" in capsys.readouterr().err

@@ -98,6 +98,22 @@ def same(one, other):
     )
 
 
+def test_numbers_to_draw_false_pairs_by():
+    pairs = ImageTextPairs(rows(), prepare)
+    items = [pairs[row] for row in range(5)]
+    plain, drawn, other = (
+        FusionPretrainingCollator(Processor(), None, None, seed=seed, negative_draws=draws)(items)
+        for seed, draws in ((0, False), (0, True), (1, True))
+    )
+    assert drawn.keys() - plain.keys() == {"negative_draws"} and same(plain, {name: drawn[name] for name in plain})
+    numbers = drawn["negative_draws"]
+    assert numbers.shape == (5, 2) and numbers.dtype == torch.float32 and len(numbers.unique()) == 10
+    assert 0 <= numbers.min() and numbers.max() < 1
+    again = FusionPretrainingCollator(Processor(), None, None, negative_draws=True)
+    assert same(again(items), drawn) and not torch.equal(other["negative_draws"], numbers)
+    assert not torch.equal(again(items[::-1])["negative_draws"].flip(0), numbers)
+
+
 def test_a_batch_of_pretraining():
     pairs = ImageTextPairs(rows(), prepare)
     for indices, batch in batches(pairs, pretraining(pairs), 8):

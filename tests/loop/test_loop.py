@@ -123,6 +123,32 @@ def test_training_learns_and_writes_every_step(accelerator, tmp_path):
     assert model.steps_seen == 60
 
 
+class Announced(ToyTwoTower):
+    """Writes down what the loop tells it and each of its forwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def before_step(self):
+        self.told.append("before")
+
+    def forward(self, **inputs):
+        self.told.append("forward")
+        return super().forward(**inputs)
+
+    def after_step(self):
+        self.told.append("after")
+        super().after_step()
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_model_is_told_before_the_forwards_of_a_step_and_after_it(accelerator, tmp_path, accumulation):
+    model = Announced()
+    run(accelerator, tmp_path, model=model, steps=3, accumulation=accumulation)
+    assert model.told == ["before", *["forward"] * accumulation, "after"] * 3
+
+
 def test_evaluations_and_checkpoints_come_when_due(accelerator, tmp_path):
     scores = iter([50.0, 10.0, 30.0, 20.0, 25.0])
     seen = []

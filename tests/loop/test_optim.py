@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hf_vlp.training.optim import (
     schedule,
     training_mode,
 )
-from hf_vlp.training.recipe import load_recipe
+from hf_vlp.training.recipe import RecipeError, ScheduleRecipe, load_recipe
 from tests.contract.rows import pair_config, resnet_config
 from tests.loop.toy import ToyTwoTower
 
@@ -184,6 +185,61 @@ def test_steps_of_the_rate_with_a_warm_up():
     found = [rate_factor(step, warmup_steps=10, **numbers) for step in (0, 5, 10, 49, 50, 79, 80, 100)]
     assert found == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
     assert rate_factor(0, **numbers) == 1.0
+
+
+def epochs_by_hand(lr, min_lr, warmup_lr, warmup, epochs, steps_an_epoch, unit):
+    """The rate that every step of a run uses, set as a training loop sets it: after steps of the first epoch, and before each other one."""
+    rate, used = warmup_lr if warmup else lr, []
+    for epoch in range(epochs):
+        if epoch:
+            rate = min_lr + (lr - min_lr) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        for step in range(steps_an_epoch):
+            used.append(rate)
+            if epoch == 0 and step % unit == 0 and step <= warmup * unit:
+                reached = step // unit
+                rate = warmup_lr + reached * (lr - warmup_lr) / warmup if reached < warmup else lr
+    return used
+
+
+@pytest.mark.parametrize(
+    ("warmup", "epochs", "steps_an_epoch", "unit"),
+    [(3, 4, 50, 10), (1, 3, 11, 10), (1, 3, 10, 10), (4, 5, 23, 10), (0, 3, 5, 100), (2, 1, 30, 7), (5, 2, 5, 1)],
+)
+def test_a_rate_for_each_epoch_with_a_warm_up_in_the_first(warmup, epochs, steps_an_epoch, unit):
+    expected = epochs_by_hand(0.3, 0.03, 0.1, warmup, epochs, steps_an_epoch, unit)
+    optimizer = adamw([{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.3}], betas=(0.9, 0.98), eps=1e-6)
+    numbers = {"name": "cosine_epochs", "total_steps": epochs * steps_an_epoch, "epoch_steps": steps_an_epoch}
+    numbers |= {"warmup_steps": warmup * unit, "warmup_unit": unit, "start_factor": 1 / 3, "end_factor": 0.1}
+    one = schedule(optimizer, **numbers)
+    found = []
+    for _ in expected:
+        found.append(one.get_last_lr()[0])
+        optimizer.step(), one.step()
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert min(found) > 0.03  # the end is never reached
+    # the rate depends on the place alone: a schedule that goes on in the middle of the run has the same rates
+    middle = len(expected) // 2
+    resumed = schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3), **numbers)
+    resumed.load_state_dict(one.state_dict() | {"last_epoch": middle - 1})
+    resumed.step()
+    assert resumed.get_last_lr()[0] == pytest.approx(expected[middle], rel=1e-9)
+
+
+def test_a_warm_up_from_above_0():
+    common = {"name": "linear", "total_steps": 100, "warmup_steps": 10}
+    assert [rate_factor(step, start_factor=0.2, **common) for step in (0, 5, 10)] == pytest.approx([0.2, 0.6, 1.0])
+    assert rate_factor(5, **common) == 0.5
+    assert rate_factor(55, start_factor=0.2, **common) == rate_factor(55, **common)
+
+
+def test_what_a_rate_for_each_epoch_needs():
+    with pytest.raises(ValueError, match="epoch_steps = None, expected the steps of an epoch"):
+        rate_factor(0, name="cosine_epochs", total_steps=10)
+    assert ScheduleRecipe("cosine_epochs", warmup_steps=300).numbers(1000, 500)["epoch_steps"] == 500
+    for wrong in ({"warmup_steps": 250}, {"warmup_share": 0.1}):
+        assert ScheduleRecipe("cosine", **wrong)
+        with pytest.raises(RecipeError, match="cosine_epochs expects steps, a multiple of schedule.warmup_unit = 100"):
+            ScheduleRecipe("cosine_epochs", **wrong)
 
 
 def test_rate_scaled_to_the_batch():

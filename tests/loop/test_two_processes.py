@@ -99,6 +99,26 @@ def test_processes_evaluate_with_the_same_batch_statistics(runs, step):
     assert not torch.equal(runs[1][f"statistics.{step}.evaluated"][0], evaluated[0])
 
 
+def test_the_queue_of_two_processes_is_that_of_one_with_the_whole_batch(runs):
+    one, two, reverse = (
+        {
+            name: runs[count][f"queue-{order}.{name}"]
+            for name in ("image_features", "text_features", "image_ids", "position")
+        }
+        for count, order in ((1, "ranks"), (2, "ranks"), (2, "reverse"))
+    )
+    assert one["image_features"][:, 0].tolist() == [10, 11, 7, 8, 9] and one["image_ids"].tolist() == [
+        -100,
+        -100,
+        7,
+        -100,
+        -100,
+    ]
+    assert one["position"] == reverse["position"] == 2
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not any(torch.equal(one[name], reverse[name]) for name in one if name != "position")
+
+
 def test_gathered_rows_and_their_gradient(runs):
     assert runs[2]["gathered"][:, 0].tolist() == [1.0, 1.0, 2.0, 2.0]
     # the sum over processes: (1 + 2) * the weight of the row

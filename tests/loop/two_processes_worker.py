@@ -11,6 +11,7 @@ from hf_vlp.evaluation.encoding import evaluating
 from hf_vlp.layers.normalization import keep_statistics
 from hf_vlp.models.clip.modeling_clip import VlpClipForPreTraining
 from hf_vlp.models.vse.modeling_vse import VlpVseForPreTraining
+from hf_vlp.momentum.queue import FeatureQueue
 from hf_vlp.training.optim import training_mode
 from hf_vlp.training.ramps import ramped
 from hf_vlp.training.recipe import RampRecipe
@@ -156,6 +157,16 @@ def statistics(accelerator: Accelerator, chunk: int | None) -> dict[str, torch.T
     return found
 
 
+def queue_steps(same_order: bool) -> dict[str, torch.Tensor]:
+    """A queue of five after three batches of four pairs over all processes, the last without identities."""
+    queue, size = FeatureQueue(5, 3), 4 // world_size()
+    start = (rank() if same_order else world_size() - 1 - rank()) * size
+    for number in range(3):
+        pairs = torch.arange(12.0).reshape(3, 4)[number, start : start + size, None].expand(-1, 3).requires_grad_()
+        queue.enqueue(pairs, -pairs, pairs[:, 0].long() if number < 2 else None)
+    return queue.state_dict()
+
+
 def main(output: str) -> None:
     accelerator = Accelerator(cpu=True)
     found = {}
@@ -191,6 +202,9 @@ def main(output: str) -> None:
 
     for negatives in ("global", "local"):
         found |= {f"collapsed.{negatives}.{key}": value for key, value in collapsed(negatives).items()}
+
+    for order in ("ranks", "reverse"):
+        found |= {f"queue-{order}.{key}": value for key, value in queue_steps(order == "ranks").items()}
 
     # the gather by itself: row i of process r weighs (r + 1) in the sum that every process takes
     rows = torch.full((2, 3), float(rank() + 1), requires_grad=True)

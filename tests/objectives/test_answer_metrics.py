@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from hf_vlp.data.answers import compared_forms
 from hf_vlp.evaluation.answers import (
     annotator_accuracy,
     consistent,
@@ -47,6 +48,23 @@ def test_the_official_accuracy_is_the_mean_over_nine_of_ten_annotators():
         annotator_accuracy(["a", "a"], [["a", "b"], ["a"]])
     with pytest.raises(ValueError):
         annotator_accuracy(["a"], [])
+
+
+@pytest.mark.parametrize(
+    ("answer", "given", "accuracy"),
+    [
+        ("Yes.\n", ["yes"] * 10, 1.0),
+        ("the dog", ["a dog"] * 9 + ["cat"], 0.0),  # annotators keep their articles
+        ("the dog", ["dog."] * 9 + ["cat"], 1.0),  # but not their marks,
+        ("the dog", ["dog."] * 10, 0.0),  # unless they agree
+        ("yes", ["Yes"] * 9 + ["no"], 0.0),
+        ("red\t?", ["red ?"] * 9 + ["blue"], 0.0),  # a mark beside a space leaves the space, which an answer loses
+        ("two", ["2"] * 3 + ["two"] * 7, 0.9),
+    ],
+)
+def test_answers_as_written_are_compared_as_the_official_program_does(answer, given, accuracy):
+    form, forms = compared_forms(answer, given)
+    assert annotator_accuracy([form], [forms]).item() == pytest.approx(accuracy)
 
 
 def test_hits_pass_over_what_is_not_counted():

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, BertTokenizer, CLIPTokenizer
 
-from hf_vlp.inputs.text_cleaning import clean_clip_text
+from hf_vlp.inputs.text_cleaning import clean_caption, clean_clip_text, clean_question
 from hf_vlp.inputs.vocabulary import (
     byte_symbols,
     clip_tokenizer_from_merges,
     decode_clip,
     train_clip_tokenizer,
     train_wordpiece_tokenizer,
+    without_end_mark,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "clip"
@@ -69,6 +70,40 @@ def test_cleaning(raw, clean):
 def test_cleaning_refuses_what_is_no_string(value):
     with pytest.raises(TypeError, match=type(value).__name__):
         clean_clip_text(value)
+
+
+@pytest.mark.parametrize(
+    "raw, caption, question",
+    [
+        ("A man, with his (RED) car's door!", "a man with his red cars door", "a man with his red cars door"),
+        ("on-line / off-line", "on line off line", "on line   off line"),
+        ("<PERSON>s & <person>", "persons & person", "<person>s & <person>"),
+        ("<per.son>", "person", "<person>"),  # marks go first
+        ("  a \t\n b\tc\n", "a b\tc", "  a \t\n b\tc\n"),  # a tab alone stays
+        ("a \n", "a", "a \n"),
+        (" a\n\n", "a", " a\n\n"),
+        ("?!", "", ""),
+        ("", "", ""),
+        ("ÜBER 3:30; x_y", "über 330 x_y", "über 330 x_y"),
+    ],
+)
+def test_captions_and_questions(raw, caption, question):
+    assert clean_caption(raw) == caption
+    assert clean_question(raw) == question
+
+
+def test_words_after_which_a_text_is_cut():
+    long = " ".join(map(str, range(60)))
+    assert clean_caption(long) == clean_question(long) == " ".join(map(str, range(30)))
+    assert clean_question(long, 50) == " ".join(map(str, range(50))) != clean_question(long)
+    assert clean_caption("a\tb c d", 2) == clean_question("a\tb c d", 2) == "a\tb c"  # words lie between spaces
+    assert clean_caption("a  b c", 2) == "a b"
+    assert clean_question("a  b c", 2) == "a "  # an empty word is one
+    for clean in (clean_caption, clean_question):
+        with pytest.raises(ValueError, match="max_words=0"):
+            clean("a", 0)
+        with pytest.raises(TypeError, match="NoneType"):
+            clean(None)
 
 
 # The released vocabulary and one of another size
@@ -282,3 +317,49 @@ def test_word_pieces_that_cannot_be_trained():
     assert len(train_wordpiece_tokenizer(["ab ba"], 900, 16)) == 9  # no pair twice
     with pytest.raises(ValueError, match="max_length=2"):
         train_wordpiece_tokenizer(["ab ba"], 20, 2)
+
+
+# Word pieces without the mark at the end
+
+
+def bert(**options) -> BertTokenizer:
+    entries = [*BERT_FIRST, "a", "cat", "##s", "[", "]", "sep"]
+    return BertTokenizer(
+        vocab={entry: index for index, entry in enumerate(entries)}, **{"model_max_length": 9} | options
+    )
+
+
+def test_a_text_without_its_end_mark():
+    tokenizer = without_end_mark(bert())
+    assert tokenizer(["A cats", "", "a [SEP]", "cat[SEP]"])["input_ids"] == [[2, 5, 6, 7], [2], [2, 5, 3], [2, 6, 3]]
+    assert bert()("A cats")["input_ids"] == [2, 5, 6, 7, 3]
+    assert tokenizer("a cats", truncation=True, max_length=3)["input_ids"] == [2, 5, 6]  # the first mark counts
+    assert tokenizer("a", padding="max_length", max_length=4)["attention_mask"] == [1, 1, 0, 0]
+    assert tokenizer("a", padding="max_length", max_length=4)["input_ids"] == [2, 5, 0, 0]
+    assert tokenizer("a", "cat")["input_ids"] == bert()("a", "cat")["input_ids"] == [2, 5, 3, 6, 3]
+    literal = without_end_mark(bert(split_special_tokens=True))
+    assert literal("a [SEP]")["input_ids"] == [2, 5, 8, 10, 9]
+
+
+def test_a_saved_folder_keeps_texts_without_their_end_mark(tmp_path):
+    source = bert(model_max_length=4, truncation_side="left")
+    source("a cats a", truncation=True, max_length=3, padding="max_length")  # a call is no setting
+    tokenizer = without_end_mark(source)
+    assert tokenizer("a cats a")["input_ids"] == [2, 5, 6, 7, 5]
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for one in (tokenizer, loaded):
+        assert one("a cats")["input_ids"] == [2, 5, 6, 7] and one.model_max_length == 4
+        assert one("a cats a", truncation=True)["input_ids"] == [2, 6, 7, 5]
+        names = ("pad", "unk", "cls", "sep", "mask")
+        assert [getattr(one, f"{name}_token_id") for name in names] == [0, 1, 2, 3, 4]
+    assert loaded.get_vocab() == source.get_vocab()
+    # the sibling: BERT's own class puts its mark back
+    assert BertTokenizer.from_pretrained(tmp_path)("a cats")["input_ids"] == [2, 5, 6, 7, 3]
+
+
+def test_a_tokenizer_without_marks():
+    with pytest.raises(ValueError, match="'\\[CLS\\]' and None: it needs"):
+        tokenizer = bert()
+        tokenizer.sep_token = None
+        without_end_mark(tokenizer)

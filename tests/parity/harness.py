@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-ARCHITECTURES = {"clip": "tests.parity.clip", "vse": "tests.parity.vse", "vilt": "tests.parity.vilt"}
+ARCHITECTURES = {"clip": "tests.parity.clip", "vse": "tests.parity.vse", "vilt": "tests.parity.vilt", "albef": "tests.parity.albef"}
 WEIGHT_FILES = re.compile(r"checkpoint\.\w+|model\.bin|pytorch_model_\d+\.bin|pytorch_ckpt_\d+\.tar")
 NO_GRADIENT = (None, "__no_gradient__")
 LISTED = {"README.md": "for people; nothing is taken from it"}

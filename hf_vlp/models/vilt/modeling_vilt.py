@@ -40,8 +40,9 @@ from hf_vlp.layers.heads import MaskedTokenHead
 from hf_vlp.layers.initialization import InitializesEveryModule, torch_default_
 from hf_vlp.layers.packing import read_states
 from hf_vlp.layers.patch_embedding import PatchEmbedding, fitted_positions, resize_position_table
+from hf_vlp.layers.text_embeddings import TextEmbeddings
 from hf_vlp.layers.timm_weights import timm_blocks, timm_state_dict
-from hf_vlp.layers.towers import require_pairs
+from hf_vlp.layers.towers import require_pairs, take_weights
 from hf_vlp.models.vilt.configuration_vilt import VlpViltConfig
 from hf_vlp.objectives.masked_prediction import COLOURS, IGNORED, masked_prediction_loss, patch_colours
 from hf_vlp.objectives.word_patch_alignment import word_patch_alignment_loss
@@ -59,7 +60,7 @@ class VlpViltPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    _no_split_modules = ["Block", "VlpViltTextEmbeddings", "VlpViltImageEmbeddings"]
+    _no_split_modules = ["Block", "TextEmbeddings", "VlpViltImageEmbeddings"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -94,33 +95,6 @@ class VlpViltPreTrainedModel(InitializesEveryModule, PreTrainedModel):
         )
 
     get_text_features = get_image_features
-
-
-class VlpViltTextEmbeddings(nn.Module):
-    """Words, positions and the first segment, normalised."""
-
-    def __init__(self, config: VlpViltConfig):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.text_layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`input_ids` [B, L] -> [B, L, D].
-
-        Raises:
-            ValueError: for a text longer than the table.
-        """
-        length, longest = input_ids.shape[1], self.position_embeddings.num_embeddings
-        if length > longest:
-            raise ValueError(
-                f"texts of {length} tokens, but the position table has {longest} rows: truncate (the processor does) or lengthen "
-                "the table with resize_position_embeddings, which needs training"
-            )
-        words = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
-        return self.dropout(self.norm(words + self.position_embeddings.weight[:length]))
 
 
 class VlpViltImageEmbeddings(nn.Module):
@@ -220,7 +194,15 @@ class VlpViltModel(VlpViltPreTrainedModel):
 
     def __init__(self, config: VlpViltConfig, add_pooling_layer: bool = True):
         super().__init__(config)
-        self.text_embeddings = VlpViltTextEmbeddings(config)
+        self.text_embeddings = TextEmbeddings(
+            config.vocab_size,
+            config.max_position_embeddings,
+            config.type_vocab_size,
+            config.hidden_size,
+            norm_eps=config.text_layer_norm_eps,
+            dropout=config.hidden_dropout_prob,
+            pad_token_id=config.pad_token_id,
+        )
         self.modality_embeddings = nn.Embedding(2, config.hidden_size)  # of words, of images
         self.image_embeddings = VlpViltImageEmbeddings(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -249,12 +231,7 @@ class VlpViltModel(VlpViltPreTrainedModel):
     @torch.no_grad()
     def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
         """Shorten or lengthen the position table of the words; new rows are drawn as at initialisation and need training."""
-        old = self.text_embeddings.position_embeddings.weight
-        new = nn.Embedding(new_num_position_embeddings, old.shape[1], dtype=old.dtype, device=old.device)
-        new.weight.normal_(std=self.config.initializer_range)
-        kept = min(len(old), len(new.weight))
-        new.weight[:kept] = old[:kept]
-        self.text_embeddings.position_embeddings = new
+        self.text_embeddings.resize_positions(new_num_position_embeddings, self.config.initializer_range)
         self.config.max_position_embeddings = new_num_position_embeddings
 
     @torch.no_grad()
@@ -299,20 +276,8 @@ class VlpViltModel(VlpViltPreTrainedModel):
             "norm.bias": state["norm.bias"],
             **{f"encoder.layers.{key}": value for key, value in timm_blocks(state).items()},
         }
-        held = dict(self.named_parameters())
-        wrong = [
-            f"{key} {list(value.shape)} for {list(held[key].shape) if key in held else 'none'}"
-            for key, value in ours.items()
-            if key not in held or held[key].shape != value.shape
-        ]
-        lacking = [key for key in held if key.startswith("encoder.") and key not in ours]
-        if wrong or lacking:
-            raise ValueError(
-                f"the vision transformer given has other sizes than this model: {', '.join((wrong + lacking)[:5])}; choose one of "
-                f"{self.config.num_hidden_layers} blocks, width {self.config.hidden_size} and patches of {self.config.patch_size}"
-            )
-        for key, value in ours.items():
-            held[key].copy_(value)
+        sizes = f"{self.config.num_hidden_layers} blocks, width {self.config.hidden_size}, patches of {self.config.patch_size}"
+        take_weights(self, ours, ("encoder.",), f"the vision transformer given (wanted: {sizes})")
 
     def encode_image(
         self,

@@ -11,6 +11,7 @@ from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from hf_vlp.inputs.captions import Captions, check_padding_side, listed
+from hf_vlp.inputs.pictures import pictures_or_pairs
 
 
 class VlpViltProcessor(Captions, ProcessorMixin):
@@ -61,24 +62,8 @@ class VlpViltProcessor(Captions, ProcessorMixin):
         if text is not None:
             batch.update(self._encode(listed(text), options["text_kwargs"]))
         if images is not None:
-            batch.update(self._look(images, options["images_kwargs"]))
+            batch.update(pictures_or_pairs(self.image_processor, images, options["images_kwargs"]))
         return BatchFeature(batch, tensor_type=options["text_kwargs"].get("return_tensors"))
-
-    def _look(self, images: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """The image processor's batch, of pairs with an axis for the two."""
-        if not isinstance(images, (list, tuple)) or not any(isinstance(entry, (list, tuple)) for entry in images):
-            return self.image_processor(images, **options)
-        for position, pair in enumerate(images):
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                found = f"{len(pair)} pictures" if isinstance(pair, (list, tuple)) else "one picture without a list"
-                raise ValueError(f"entry {position} of images is {found}: where one entry is a pair, each must be one")
-        batch = self.image_processor([image for pair in images for image in pair], **options)
-        return {
-            name: [value[i : i + 2] for i in range(0, len(value), 2)]
-            if isinstance(value, list)  # pictures that were not padded to one size
-            else value.reshape(len(images), 2, *value.shape[1:])
-            for name, value in batch.items()
-        }
 
     @property
     def model_input_names(self) -> list[str]:

@@ -1,0 +1,991 @@
+"""ALBEF: image and text are aligned by contrast before a third encoder fuses them, and a momentum copy of the model teaches it.
+
+Paper: "Align before Fuse: Vision and Language Representation Learning with Momentum Distillation", https://arxiv.org/abs/2107.07651.
+
+Differences from the released code:
+1. BERT's halves are two modules, the text encoder and the fusion layers; the numbers are the same. The text encoder may be any other of
+   transformers.
+2. With `image_ids` in the batch, texts of one image are all its own in contrast and never false in matching, in pre-training too
+   (`contrastive_targets="plain"` restores the paper's targets).
+3. A batch whose texts are all of one image has no false pairs and teaches matching by its true ones; the original stops with an error, also
+   where softmax leaves nothing beside the true pair.
+4. A batch without a masked word has a loss of 0 for that term; the original's is not a number.
+5. The queue takes batches of any size; the original needs its length to be a multiple of the batch.
+6. The momentum copy moves once an optimizer step where the loop says when one begins (`before_step`), else in every training forward as
+   in the original, which differs with gradient accumulation alone.
+7. In evaluation neither the copy moves nor the queue; losses can be measured without changing the model.
+8. False pairs are drawn by numbers that the batch may bring (`negative_draws`), not by a global generator.
+9. Images of any size: the position table is interpolated; the original accepts one size.
+10. Keys and values of an image are computed once for all texts that attend to it, the last block for the rows that are read,
+    vocabulary logits at masked words alone; on a CPU texts of similar length run together. Exact, but dropout draws other numbers.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForMaskedLM
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from hf_vlp.layers.attention import Attention
+from hf_vlp.layers.blocks import Block
+from hf_vlp.layers.encoder import Encoder
+from hf_vlp.layers.heads import MaskedTokenHead
+from hf_vlp.layers.initialization import InitializesEveryModule, torch_default_
+from hf_vlp.layers.logit_scale import Temperature
+from hf_vlp.layers.packing import group_sizes
+from hf_vlp.layers.patch_embedding import PatchEmbedding, resize_position_table
+from hf_vlp.layers.pooling import unit_rows
+from hf_vlp.layers.post_norm import KeyValues, PostNormBlock
+from hf_vlp.layers.text_embeddings import TextEmbeddings
+from hf_vlp.layers.timm_weights import timm_blocks, timm_state_dict
+from hf_vlp.layers.towers import (
+    LoadsOutOfAPair,
+    build_tower,
+    fill_tower,
+    require_pairs,
+    take_weights,
+    token_states,
+    tower_width,
+)
+from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig, VlpAlbefTextConfig, VlpAlbefVisionConfig
+from hf_vlp.momentum.queue import FeatureQueue
+from hf_vlp.momentum.teacher import MomentumTeacher
+from hf_vlp.objectives.masked_prediction import distilled_masked_prediction_loss, masked_prediction_loss
+from hf_vlp.objectives.matching import draw_negatives, matching_labels, matching_loss, negative_weights
+from hf_vlp.objectives.momentum_contrast import momentum_contrastive_loss
+from hf_vlp.outputs import CrossFusionOutput, PreTrainingOutput
+
+MATCH = 1  # row of the matching head
+BERT_NAMES = {  # of transformers' BERT -> of our blocks
+    "attention.self.query": "attention.q_proj",
+    "attention.self.key": "attention.k_proj",
+    "attention.self.value": "attention.v_proj",
+    "attention.output.dense": "attention.out_proj",
+    "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "output.LayerNorm": "output_norm",
+}
+TRAINING = r"^(temperature|itm_head|mlm_head|teacher|queue)\."  # what the base has no use for
+
+
+class VlpAlbefPreTrainedModel(InitializesEveryModule, PreTrainedModel):
+    """Initialisation and capabilities of every ALBEF class."""
+
+    config: VlpAlbefConfig
+    base_model_prefix = "albef"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["Block", "PostNormBlock", "TextEmbeddings", "VlpAlbefVisionEmbeddings"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Normal with `initializer_range`, biases zero; the vision transformer as timm's, truncated at two whole units."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)  # the padding's row too, as the released code's
+        elif isinstance(module, Block):
+            for part in module.modules():
+                if isinstance(part, nn.Linear):
+                    init.trunc_normal_(part.weight, std=std)
+        elif isinstance(module, VlpAlbefVisionEmbeddings):
+            init.trunc_normal_(module.class_embedding, std=std)
+            init.trunc_normal_(module.position_embedding, std=std)
+            torch_default_(module.patch_embedding)
+        elif isinstance(module, (Temperature, FeatureQueue)):
+            module.reset_parameters()
+
+
+class VlpAlbefTower(LoadsOutOfAPair, VlpAlbefPreTrainedModel):
+    """One encoder alone: it also loads its part out of a folder that holds the whole model."""
+
+    pair_prefix = "albef"
+    pair_parts = (
+        "text_model",
+        "vision_model",
+        "fusion_model",
+        "text_projection",
+        "visual_projection",
+        "temperature",
+        "itm_head",
+        "mlm_head",
+        "teacher",
+        "queue",
+    )
+
+
+class VlpAlbefVisionEmbeddings(nn.Module):
+    """Patches behind a class token, plus a learned position table that is interpolated to the image's grid."""
+
+    def __init__(self, config: VlpAlbefVisionConfig):
+        super().__init__()
+        grid = config.image_size // config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.patch_embedding = PatchEmbedding(config.num_channels, config.hidden_size, config.patch_size)
+        self.position_embedding = nn.Parameter(torch.empty(1 + grid * grid, config.hidden_size))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`pixel_values` [B, 3, H, W] -> [B, 1 + P, D]."""
+        patches = self.patch_embedding(pixel_values)  # [B, D, h, w]
+        positions = resize_position_table(self.position_embedding, patches.shape[-2:])
+        tokens = patches.flatten(2).transpose(1, 2)  # [B, P, D]
+        classes = self.class_embedding.to(tokens.dtype).expand(len(tokens), 1, -1)
+        return torch.cat([classes, tokens], dim=1) + positions
+
+
+class VlpAlbefVisionModel(VlpAlbefTower):
+    """The vision transformer (section 3.1)."""
+
+    config: VlpAlbefVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
+
+    def __init__(self, config: VlpAlbefVisionConfig):
+        super().__init__(config)
+        self.embeddings = VlpAlbefVisionEmbeddings(config)
+        self.encoder = Encoder(
+            Block(
+                config,
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                hidden_act=config.hidden_act,
+                norm_eps=config.layer_norm_eps,
+                dropout=config.attention_dropout,
+                hidden_dropout=config.hidden_dropout,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    @torch.no_grad()
+    def resize_image_positions(self, image_size: int) -> None:
+        """Interpolate the position table for images of `image_size` pixels, to go on training at that resolution.
+
+        Only needed to train on: a forward interpolates by itself where the image's grid is another.
+
+        Raises:
+            ValueError: `image_size` is no multiple of the patch.
+        """
+        patch = self.config.patch_size
+        if image_size < patch or image_size % patch:
+            raise ValueError(f"image_size {image_size} is no multiple of patches of {patch} pixels")
+        table, grid = self.embeddings.position_embedding, image_size // patch
+        self.embeddings.position_embedding = nn.Parameter(
+            resize_position_table(table, (grid, grid)).clone(), requires_grad=table.requires_grad
+        )
+        self.config.image_size = image_size
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        """`pixel_values` [B, 3, H, W] -> `last_hidden_state` [B, 1 + P, D] after the last norm, the class token first."""
+        return BaseModelOutput(last_hidden_state=self.norm(self.encoder(self.embeddings(pixel_values), None, **kwargs)))
+
+
+class VlpAlbefTextModel(VlpAlbefTower):
+    """The text encoder: the embeddings and the first layers of BERT (section 3.1)."""
+
+    config: VlpAlbefTextConfig
+    base_model_prefix = "text_model"
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": PostNormBlock, "attentions": Attention}
+
+    def __init__(self, config: VlpAlbefTextConfig):
+        super().__init__(config)
+        self.embeddings = TextEmbeddings(
+            config.vocab_size,
+            config.max_position_embeddings,
+            config.type_vocab_size,
+            config.hidden_size,
+            norm_eps=config.layer_norm_eps,
+            dropout=config.hidden_dropout_prob,
+            pad_token_id=config.pad_token_id,
+        )
+        self.encoder = Encoder(bert_blocks(config, config))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.embeddings.word_embeddings = value
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """Shorten or lengthen the position table; new rows are drawn as at initialisation and need training."""
+        self.embeddings.resize_positions(new_num_position_embeddings, self.config.initializer_range)
+        self.config.max_position_embeddings = new_num_position_embeddings
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """`input_ids`, `attention_mask` [B, L] -> `last_hidden_state` [B, L, D]; the first token stands for the text.
+
+        `token_type_ids` [B, L]: segments, all 0 if not given, as the model was trained. `inputs_embeds` [B, L, D]: in place of the words'.
+        """
+        states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
+        mask = create_bidirectional_mask(self.config, inputs_embeds=states, attention_mask=attention_mask)
+        return BaseModelOutput(last_hidden_state=self.encoder(states, mask, **kwargs))
+
+
+def bert_blocks(config, sizes, key_value_size: int | None = None) -> list[PostNormBlock]:
+    """The blocks of a part with these `sizes`; `config` has the attention implementation."""
+    return [
+        PostNormBlock(
+            config,
+            sizes.hidden_size,
+            sizes.intermediate_size,
+            sizes.num_attention_heads,
+            hidden_act=sizes.hidden_act,
+            norm_eps=sizes.layer_norm_eps,
+            dropout=sizes.attention_probs_dropout_prob,
+            hidden_dropout=sizes.hidden_dropout_prob,
+            key_value_size=key_value_size,
+        )
+        for _ in range(sizes.num_hidden_layers)
+    ]
+
+
+class VlpAlbefFusionEncoder(nn.Module):
+    """The multimodal encoder: words attend to each other, then to the image, in every layer (section 3.1)."""
+
+    def __init__(self, config: VlpAlbefConfig):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(bert_blocks(config, config.multimodal_config, config.vision_config.hidden_size))
+        self.gradient_checkpointing = False
+
+    def keys_and_values(self, image_embeds: torch.Tensor) -> list[KeyValues]:
+        """What the layers attend to of images [B, N, D], computed once for all texts that are read with them."""
+        return [layer.cross_attention.keys_and_values(image_embeds) for layer in self.layers]
+
+    def forward(
+        self,
+        text_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        images: list[KeyValues],
+        rows: int | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """States of the words, those of all positions or of the first `rows`, whose last block alone is then computed.
+
+        `text_embeds` [B * T, L, D], `attention_mask` [B * T, L]; `images`: `keys_and_values` of B images, each read with T neighbouring
+        texts. Returns [B * T, L or rows, D].
+        """
+        *others, last = zip(self.layers, images, strict=True)
+        states = text_embeds
+        mask = create_bidirectional_mask(self.config, inputs_embeds=states, attention_mask=attention_mask)
+        for layer, image in others:
+            states = layer(states, mask, image, **kwargs)
+        if rows is not None:
+            mask = create_bidirectional_mask(
+                self.config,
+                inputs_embeds=states[:, :rows],
+                attention_mask=attention_mask,
+                encoder_hidden_states=states,
+            )
+        return last[0](states, mask, last[1], None, rows, **kwargs)
+
+    def read(
+        self,
+        text_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        images: list[KeyValues],
+        image_index: torch.Tensor,
+        rows: int | None = None,
+    ) -> torch.Tensor:
+        """The same where text t is read with image `image_index[t]`; on a CPU texts of similar length run together.
+
+        `text_embeds` [T, L, D], `attention_mask` [T, L] padded on the right, `image_index` [T] -> [T, L or rows, D], what stands at padding
+        not defined.
+        """
+
+        if attention_mask is None or text_embeds.device.type != "cpu" or torch.compiler.is_compiling():
+            return self(text_embeds, attention_mask, _of_texts(images, image_index), rows)
+        lengths, order = attention_mask.ne(0).sum(dim=1).clamp(min=1).sort()
+        kept = text_embeds.shape[1] if rows is None else rows
+        states, sizes = [], group_sizes(lengths)
+        for members, reach in zip(order.split(sizes), lengths.split(sizes), strict=True):
+            longest = int(reach[-1])
+            short = text_embeds[members, :longest], attention_mask[members, :longest]
+            found = self(*short, _of_texts(images, image_index[members]), rows)
+            states.append(nn.functional.pad(found, (0, 0, 0, kept - found.shape[1])))
+        return torch.cat(states)[order.argsort()]
+
+
+def _of_texts(images: list[KeyValues], image_index: torch.Tensor) -> list[KeyValues]:
+    """Keys and values of the image `image_index` [T] of each text."""
+    return [(key.index_select(0, image_index), value.index_select(0, image_index)) for key, value in images]
+
+
+class VlpAlbefModel(VlpAlbefPreTrainedModel):
+    """Image encoder, text encoder and the layers that fuse them; `add_projections`: with those into the joint space."""
+
+    _can_record_outputs = {
+        "hidden_states": PostNormBlock,
+        "attentions": OutputRecorder(Attention, index=1, layer_name=".attention"),
+        "cross_attentions": OutputRecorder(Attention, index=1, layer_name="cross_attention"),
+    }
+    _keys_to_ignore_on_load_unexpected = [TRAINING]
+
+    def __init__(self, config: VlpAlbefConfig, add_projections: bool = True):
+        super().__init__(config)
+        self.vision_model = VlpAlbefVisionModel(config.vision_config)
+        self.text_model = build_tower(config.text_config, pooler=False)
+        self.fusion_model = VlpAlbefFusionEncoder(config)
+        if add_projections:
+            self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
+            self.text_projection = nn.Linear(tower_width(self.text_model), config.projection_dim)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """Shorten or lengthen the text encoder's position table; new rows need training."""
+        self.text_model.resize_position_embeddings(new_num_position_embeddings)
+
+    def resize_image_positions(self, image_size: int) -> None:
+        """Interpolate the image encoder's position table for images of `image_size` pixels; see its method."""
+        self.vision_model.resize_image_positions(image_size)
+
+    def fill_tower(self, name: str, tower: str | nn.Module) -> None:
+        """Begin as the paper does: `vision_model` as a vision transformer of timm, `text_model` and the fusion layers as BERT's halves.
+
+        Args:
+            name: of the part.
+            tower: for `vision_model` a name as "timm/deit_base_patch16_224", or a model of timm; for `text_model` a BERT of transformers,
+                by name or as a model, of as many layers as both halves have. Its attention to the image stays new. Another text
+                encoder than BERT is filled by a model of its class.
+
+        Raises:
+            ValueError: another part, or a model of other sizes.
+        """
+        if name == "vision_model":
+            take_weights(self.vision_model, self._vision_weights(tower), ("encoder.",), f"{tower!s:.60}")
+        elif name == "text_model" and isinstance(self.text_model, VlpAlbefTextModel):
+            bert = tower if isinstance(tower, nn.Module) else AutoModel.from_pretrained(tower, dtype=torch.float32)
+            needed = (
+                "text_model.",
+                *(f"fusion_model.layers.{i}.attention" for i in range(len(self.fusion_model.layers))),
+            )
+            take_weights(self, self._bert_weights(bert.base_model.state_dict()), needed, f"{type(bert).__name__}")
+        else:
+            fill_tower(self, name, tower)
+
+    def _vision_weights(self, tower: str | nn.Module) -> dict[str, torch.Tensor]:
+        state, table = timm_state_dict(tower), self.vision_model.embeddings.position_embedding
+        grid = (round((len(table) - 1) ** 0.5),) * 2
+        return {
+            "embeddings.class_embedding": state["cls_token"].flatten(),
+            "embeddings.position_embedding": resize_position_table(state["pos_embed"][0], grid),
+            "embeddings.patch_embedding.weight": state["patch_embed.proj.weight"],
+            "embeddings.patch_embedding.bias": state["patch_embed.proj.bias"],
+            "norm.weight": state["norm.weight"],
+            "norm.bias": state["norm.bias"],
+            **{f"encoder.layers.{key}": value for key, value in timm_blocks(state).items()},
+        }
+
+    def _bert_weights(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """BERT's weights under the names of both halves; a pooling layer is left out."""
+        first, ours = len(self.text_model.encoder.layers), {}
+        for name, tensor in state.items():
+            if name.startswith("embeddings.") and tensor.is_floating_point():
+                ours["text_model." + name.replace("LayerNorm", "norm")] = tensor
+            elif name.startswith("encoder.layer."):
+                number, part = name.removeprefix("encoder.layer.").split(".", 1)
+                index = int(number)
+                place = "text_model.encoder" if index < first else "fusion_model"
+                module, kind = part.rsplit(".", 1)
+                ours[f"{place}.layers.{index - first * (index >= first)}.{BERT_NAMES[module]}.{kind}"] = tensor
+        return ours
+
+    def encode_image(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`pixel_values` [B, 3, H, W] -> `image_embeds` [B, 1 + P, D], to be computed once and read with many texts."""
+        return {"image_embeds": self.vision_model(pixel_values).last_hidden_state}
+
+    def encode_text(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` [B, L] -> `text_embeds` [B, L, D], not defined at padding, and `attention_mask` [B, L]."""
+        states = token_states(self.text_model, input_ids, attention_mask, attention_mask)
+        return {
+            "text_embeds": states,
+            "attention_mask": torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+        }
+
+    def fuse(
+        self,
+        text_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        image_embeds: torch.Tensor,
+        rows: int | None = None,
+    ) -> torch.Tensor:
+        """Encoded texts read with encoded images.
+
+        Args:
+            text_embeds, attention_mask: [B * T, L, D] and [B * T, L]: T texts for each image, those of an image side by side.
+            image_embeds: [B, 1 + P, D].
+            rows: only the first so many positions.
+
+        Returns:
+            [B * T, L or rows, D].
+
+        Raises:
+            ValueError: the texts are no multiple of the images.
+        """
+        if not len(image_embeds) or len(text_embeds) % len(image_embeds):
+            raise ValueError(
+                f"{len(text_embeds)} texts cannot be dealt to {len(image_embeds)} images: give each image as many, its own side by side"
+            )
+        images = self.fusion_model.keys_and_values(image_embeds)
+        if len(text_embeds) == len(image_embeds):
+            index = torch.arange(len(text_embeds), device=text_embeds.device)
+            return self.fusion_model.read(text_embeds, attention_mask, images, index, rows)
+        return self.fusion_model(text_embeds, attention_mask, images, rows)
+
+    def project_image(self, image_embeds: torch.Tensor) -> torch.Tensor:
+        """Unit vectors [B, E] of encoded images [B, 1 + P, D]."""
+        return unit_rows(self.visual_projection(image_embeds[:, 0]))
+
+    def project_text(self, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Unit vectors [B, E] of encoded texts [B, L, D]."""
+        return unit_rows(self.text_projection(text_embeds[:, 0]))
+
+    def cross_attention(self, layer: int | None = None) -> Attention:
+        """The attention of words to the image in a layer, counted from 0 over text and fusion layers.
+
+        None: the third that fuses, as in the paper, or the last but one of fewer, as after the last only the first word is read.
+
+        Raises:
+            ValueError: a layer without it, or that does not exist.
+        """
+        first, layers = self.config.text_config.num_hidden_layers, self.fusion_model.layers
+        place = max(0, min(2, len(layers) - 2)) if layer is None else layer - first
+        if not 0 <= place < len(layers):
+            raise ValueError(
+                f"layer {layer} has no attention to the image: choose one of {first} to {first + len(layers) - 1}, the fusion layers"
+            )
+        return layers[place].cross_attention
+
+    def image_attention(self, block: int) -> Attention:
+        """The self-attention of block `block` of the image encoder, counted from 0.
+
+        Raises:
+            ValueError: no such block.
+        """
+        layers = self.vision_model.encoder.layers
+        if not 0 <= block < len(layers):
+            raise ValueError(f"the image encoder has no block {block}: choose one of 0 to {len(layers) - 1}")
+        return layers[block].attention
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None = None, image_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`pixel_values` [B, 3, H, W], or what `encode_image` made of them -> unit vectors [B, E]."""
+        return self.project_image(
+            self.encode_image(pixel_values)["image_embeds"] if image_embeds is None else image_embeds
+        )
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`input_ids`, `attention_mask` [B, L] -> unit vectors [B, E]."""
+        return self.project_text(self.encode_text(input_ids, attention_mask)["text_embeds"])
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CrossFusionOutput:
+        """Words read with images, all layers and all positions.
+
+        `input_ids`, `attention_mask` [B, L]; `pixel_values` [B, 3, H, W], or `image_embeds` [B, 1 + P, D] as `encode_image` returned them.
+
+        Raises:
+            ValueError: words or image missing, pixels and an encoded image, another number of images than texts.
+        """
+        if input_ids is None or (pixel_values is None) == (image_embeds is None):
+            raise ValueError(
+                "ALBEF's forward needs input_ids and either pixel_values or image_embeds; for one side call get_text_features or "
+                "get_image_features"
+            )
+        if image_embeds is None:
+            image_embeds = self.encode_image(pixel_values)["image_embeds"]
+        require_pairs(input_ids=input_ids, image=image_embeds)
+        text = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        images = self.fusion_model.keys_and_values(image_embeds)
+        states = self.fusion_model(text, attention_mask, images, **kwargs)
+        embeds = {}
+        if hasattr(self, "visual_projection"):
+            embeds = {"image_embeds": self.project_image(image_embeds), "text_embeds": self.project_text(text)}
+        return CrossFusionOutput(
+            last_hidden_state=states, text_hidden_states=text, image_hidden_states=image_embeds, **embeds
+        )
+
+
+class VlpAlbefAligned(VlpAlbefPreTrainedModel):
+    """What is trained by contrast and matching: the model, its matching head, and in training its momentum copy and the queue.
+
+    temperature_limits: whether the temperature is held between its limits.
+    """
+
+    temperature_limits = False
+    _keys_to_ignore_on_load_missing = [r"^teacher\.", r"^queue\."]  # a copy of the weights, and an empty queue
+
+    def __init__(self, config: VlpAlbefConfig):
+        super().__init__(config)
+        self.albef = VlpAlbefModel(config)
+        limits = (config.temperature_min, config.temperature_max) if self.temperature_limits else None
+        self.temperature = Temperature(config.temperature_init_value, limits)
+        self.itm_head = nn.Linear(config.multimodal_config.hidden_size, 2)
+        self.distillation_weight = float(config.distillation_weight)
+
+    def add_teacher(self) -> None:
+        """The momentum copy and the queue, where the configuration has them."""
+        if self.config.momentum_teacher:
+            self.teacher = MomentumTeacher(self.config.momentum, **self.students())
+            self.queue = FeatureQueue(self.config.queue_size, self.config.projection_dim)
+
+    def students(self) -> dict[str, nn.Module]:
+        """What the momentum copy is of."""
+        return {"albef": self.albef}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """A checkpoint without the momentum copy gets one of its own weights."""
+        super()._init_weights(module)
+        if module is self and hasattr(self, "teacher"):
+            self.teacher.copy_(**self.students())
+
+    def before_step(self) -> None:
+        """To be called before every optimizer step: the momentum copy then moves once in it, however many batches it has."""
+        if hasattr(self, "teacher"):
+            self.teacher.before_step()
+
+    def ramps(self) -> dict[str, Any]:
+        """Numbers that a recipe may change while training: alpha of the distillation."""
+        return {"distillation_weight": self._set_distillation_weight}
+
+    def _set_distillation_weight(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise ValueError(f"distillation_weight {value} must lie between 0 and 1")
+        self.distillation_weight = float(value)
+
+    def fill_tower(self, name: str, tower: str | nn.Module) -> None:
+        """See `VlpAlbefModel.fill_tower`; the momentum copy begins as the model does."""
+        self.albef.fill_tower(name, tower)
+        if hasattr(self, "teacher"):
+            self.teacher.copy_(**self.students())
+
+    def resize_image_positions(self, image_size: int) -> None:
+        """See `VlpAlbefVisionModel.resize_image_positions`; the momentum copy's table as well."""
+        self.albef.resize_image_positions(image_size)
+        if hasattr(self, "teacher"):
+            self.teacher.albef.resize_image_positions(image_size)
+        self.config.vision_config.image_size = image_size
+
+    @torch.no_grad()
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As in transformers; the momentum copy's rows of words go on as they are, and new ones begin as the model's."""
+        words = super().resize_token_embeddings(*args, **kwargs)
+        if hasattr(self, "teacher"):
+            before = dict(self.teacher.named_parameters())
+            self.teacher = MomentumTeacher(self.config.momentum, **self.students())
+            self.tie_weights()
+            for name, tensor in self.teacher.named_parameters():
+                kept = min(len(before[name]), len(tensor))
+                tensor[:kept] = before[name][:kept]
+        return words
+
+    def encode_image(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `VlpAlbefModel.encode_image`."""
+        return self.albef.encode_image(pixel_values)
+
+    def encode_text(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """See `VlpAlbefModel.encode_text`."""
+        return self.albef.encode_text(*args, **kwargs)
+
+    def fuse(self, *args, **kwargs) -> torch.Tensor:
+        """See `VlpAlbefModel.fuse`."""
+        return self.albef.fuse(*args, **kwargs)
+
+    def get_image_features(self, *args, **kwargs) -> torch.Tensor:
+        """See `VlpAlbefModel.get_image_features`."""
+        return self.albef.get_image_features(*args, **kwargs)
+
+    def get_text_features(self, *args, **kwargs) -> torch.Tensor:
+        """See `VlpAlbefModel.get_text_features`."""
+        return self.albef.get_text_features(*args, **kwargs)
+
+    def score_pairs(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **image: torch.Tensor
+    ) -> torch.Tensor:
+        """Logit of matching of each text with its image, [B * T]; higher is a better match.
+
+        `input_ids`, `attention_mask` [B * T, L]: T texts an image, those of an image side by side. `image`: of B images, what
+        `encode_image` takes or what it returned.
+        """
+        image_embeds = image.get("image_embeds")
+        if image_embeds is None:
+            image_embeds = self.albef.encode_image(**image)["image_embeds"]
+        text = self.albef.encode_text(input_ids, attention_mask)
+        return self.itm_head(self.albef.fuse(**text, image_embeds=image_embeds, rows=1)[:, 0])[:, MATCH]
+
+    def match_logits(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [B, 2] of no match and of a match of B pairs, in one plain pass whose attention maps can be looked at."""
+        states = self.albef(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
+        return self.itm_head(states.last_hidden_state[:, 0])
+
+    def pair_similarities(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor
+    ) -> torch.Tensor:
+        """Similarities over temperature of B texts to their own images, [B]."""
+        image, text = self.get_image_features(pixel_values), self.get_text_features(input_ids, attention_mask)
+        return (image * text).sum(dim=1) / self.temperature()
+
+    def cross_attention(self, layer: int | None = None) -> Attention:
+        """See `VlpAlbefModel.cross_attention`."""
+        return self.albef.cross_attention(layer)
+
+    def image_attention(self, block: int) -> Attention:
+        """See `VlpAlbefModel.image_attention`."""
+        return self.albef.image_attention(block)
+
+    def _require_teacher(self) -> None:
+        if not hasattr(self, "teacher"):
+            raise ValueError(
+                "training needs the momentum copy, and this model has none: load it with momentum_teacher=True, which makes one of its "
+                "weights"
+            )
+
+    def teacher_states(
+        self, pixel_values: torch.Tensor, *texts: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """States of the images [B, 1 + P, D] and of each of the `texts` [B, L] by the momentum copy, which is moved first in training."""
+        with torch.no_grad():
+            if self.training and self.teacher.due:
+                self.teacher.update(**self.students())
+            image = self.teacher.albef.encode_image(pixel_values)["image_embeds"]
+            return image, *_each_text(self.teacher.albef, texts, attention_mask)
+
+    def contrast(
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        teacher_image: torch.Tensor,
+        teacher_text: torch.Tensor,
+        image_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Image-text contrast against the momentum features of the batch and the queue (equations 1, 2 and 6).
+
+        Args:
+            image, text, teacher_image, teacher_text: states [B, 1 + P, D] and [B, L, D]. image_ids: [B] or None.
+
+        Returns:
+            The loss; similarities over temperature of images to texts and of texts to images, [B, B + Q]; unit embeddings [B, E].
+        """
+        image_embeds, text_embeds = self.albef.project_image(image), self.albef.project_text(text)
+        with torch.no_grad():
+            keys = self.teacher.albef.project_image(teacher_image), self.teacher.albef.project_text(teacher_text)
+        targets = self.config.contrastive_targets
+        loss, image_to_text, text_to_image = momentum_contrastive_loss(
+            image_embeds,
+            text_embeds,
+            *keys,
+            self.queue.image_features,
+            self.queue.text_features,
+            self.temperature(),
+            self.distillation_weight,
+            image_ids=None if targets == "plain" else image_ids,
+            queue_ids=None if targets == "plain" else self.queue.image_ids,
+            exclude=targets == "exclude",
+        )
+        if self.training:
+            self.queue.enqueue(*keys, image_ids)
+        return loss, image_to_text, text_to_image, image_embeds, text_embeds
+
+    def match(
+        self,
+        text: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        images: list[KeyValues],
+        negative_image: tuple[torch.Tensor, torch.Tensor],
+        negative_text: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Matching of true pairs, of each text with a false image, and of each image with a false text (section 3.2), in one pass.
+
+        Args:
+            text, attention_mask: [B, L, D] and [B, L]. images: keys and values of the B images.
+            negative_image: of each text the row of its false image and whether it has one, [B] each; negative_text: of each image.
+
+        Returns:
+            Loss, correct, count.
+        """
+        own = torch.arange(len(text), device=text.device)
+        texts = torch.cat([own, own, negative_text[0]])
+        mask = None if attention_mask is None else attention_mask[texts]
+        states = self.albef.fusion_model.read(
+            text[texts], mask, images, torch.cat([own, negative_image[0], own]), rows=1
+        )
+        return matching_loss(self.itm_head(states[:, 0]), matching_labels(negative_image[1], negative_text[1]))
+
+    def negatives(
+        self,
+        image_to_text: torch.Tensor,
+        text_to_image: torch.Tensor,
+        image_ids: torch.Tensor | None,
+        draws: torch.Tensor | None,
+        given: tuple[torch.Tensor | None, torch.Tensor | None],
+        generator: torch.Generator | None,
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """A false image for each text and a false text for each image, the more probable the more similar (section 3.2).
+
+        Args:
+            image_to_text, text_to_image: [B, B + Q], of which the batch's columns count.
+            draws: [B, 2] in [0, 1), of the image and of the text; drawn from `generator` if not given.
+            given: rows [B] of the images and of the texts that are taken instead.
+        """
+        count = len(image_to_text)
+        if draws is None:
+            draws = torch.rand(count, 2, generator=generator, device=None if generator is None else generator.device)
+        ids = None if self.config.contrastive_targets == "plain" else image_ids
+        found = []
+        for similarities, column, index in zip((text_to_image, image_to_text), draws.unbind(1), given, strict=True):
+            if index is None:
+                weights = negative_weights(similarities[:, :count].detach(), ids)
+                found.append(draw_negatives(weights, column.to(weights.device)))
+            else:
+                found.append((index, torch.ones_like(index, dtype=torch.bool)))
+        return tuple(found)
+
+
+def _each_text(
+    model: VlpAlbefModel, texts: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """States [B, L, D] of each of several texts [B, L] with the same mask, in one pass."""
+    mask = None if attention_mask is None else attention_mask.repeat(len(texts), 1)
+    return model.encode_text(torch.cat(texts), mask)["text_embeds"].chunk(len(texts))
+
+
+class VlpAlbefForPreTraining(VlpAlbefAligned):
+    """Contrast, matching and masked words, with soft targets by the momentum copy (sections 3.2 and 3.3)."""
+
+    temperature_limits = True
+
+    def __init__(self, config: VlpAlbefConfig):
+        super().__init__(config)
+        fusion = config.multimodal_config
+        self.mlm_head = MaskedTokenHead(
+            fusion.hidden_size, config.text_config.vocab_size, fusion.hidden_act, fusion.layer_norm_eps
+        )
+        self.add_teacher()
+        words = self.albef.get_input_embeddings()
+        name = next(key for key, part in self.albef.named_modules() if part is words)
+        self._tied_weights_keys = {"mlm_head.decoder.weight": f"albef.{name}.weight"}
+        if config.momentum_teacher:
+            self._tied_weights_keys["teacher.mlm_head.decoder.weight"] = f"teacher.albef.{name}.weight"
+        self.post_init()
+
+    def students(self) -> dict[str, nn.Module]:
+        return {"albef": self.albef, "mlm_head": self.mlm_head}
+
+    def fill_tower(self, name: str, tower: str | nn.Module) -> None:
+        """See `VlpAlbefModel.fill_tower`; of a BERT the head that predicts masked words is taken as well."""
+        if name == "text_model" and isinstance(self.albef.text_model, VlpAlbefTextModel):
+            if isinstance(tower, str):
+                tower = AutoModelForMaskedLM.from_pretrained(tower, dtype=torch.float32)
+            if hasattr(tower, "cls"):
+                head = tower.cls.predictions
+                weights = {"dense": head.transform.dense, "norm": head.transform.LayerNorm}
+                self.mlm_head.load_state_dict(
+                    {
+                        f"{key}.{kind}": getattr(part, kind)
+                        for key, part in weights.items()
+                        for kind in ("weight", "bias")
+                    },
+                    strict=False,
+                )
+                self.mlm_head.decoder.bias.data.copy_(head.decoder.bias)
+        super().fill_tower(name, tower)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.mlm_head.decoder
+
+    def set_output_embeddings(self, value: nn.Linear):
+        self.mlm_head.decoder = value
+
+    def masked_words(
+        self,
+        text: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        images: list[KeyValues],
+        labels: torch.Tensor,
+        teacher_text: torch.Tensor | None,
+        teacher_image: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Masked words with the image in sight, hard and soft targets (equations 3 and 7): loss, correct, count.
+
+        `text`, `teacher_text` [B, L, D]: states of the masked texts; `teacher_image` [B, 1 + P, D].
+        """
+        own = torch.arange(len(text), device=text.device)
+        states = self.albef.fusion_model.read(text, attention_mask, images, own)
+        if not self.distillation_weight:
+            return masked_prediction_loss(states, labels, self.mlm_head)
+        with torch.no_grad():
+            theirs = self.teacher.albef.fuse(teacher_text, attention_mask, teacher_image)
+        return distilled_masked_prediction_loss(
+            states, labels, self.mlm_head, theirs, self.teacher.mlm_head, self.distillation_weight
+        )
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        mlm_input_ids: torch.Tensor | None = None,
+        mlm_labels: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
+        negative_draws: torch.Tensor | None = None,
+        negative_image_index: torch.Tensor | None = None,
+        negative_text_index: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> PreTrainingOutput:
+        """One loss of every term that the configuration weighs; in training the momentum copy and the queue move.
+
+        Args:
+            input_ids, attention_mask: [B, L], whole texts. pixel_values: [B, 3, H, W], their images.
+            mlm_input_ids, mlm_labels: [B, L], texts with masked words, and those words, -100 elsewhere.
+            image_ids: [B], identities of the images.
+            negative_draws: [B, 2] in [0, 1), by which false pairs are drawn; from `generator` if not given.
+            negative_image_index, negative_text_index: [B], the false image of each text and the false text of each image instead.
+
+        Returns:
+            loss; losses "itc", "itm" and "mlm", as far as weighed; embeddings; correct and counts of the last two.
+
+        Raises:
+            ValueError: what an active term needs is missing, rows do not fit, no momentum copy, or no term is active.
+        """
+        config = self.config
+        weights = {"itc": config.itc_weight, "itm": config.itm_weight, "mlm": config.mlm_weight}
+        active = {name for name, weight in weights.items() if weight > 0}
+        if not active:
+            raise ValueError("every term of pre-training has weight 0 in this configuration: set one above 0")
+        if input_ids is None or pixel_values is None:
+            raise ValueError("pre-training needs input_ids and pixel_values")
+        if "mlm" in active and (mlm_input_ids is None or mlm_labels is None):
+            raise ValueError(
+                "pre-training needs mlm_input_ids and mlm_labels in the batch: let the collator make them, or set mlm_weight to 0"
+            )
+        require_pairs(input_ids=input_ids, pixel_values=pixel_values, mlm_input_ids=mlm_input_ids, image_ids=image_ids)
+        self._require_teacher()
+        if self.training:
+            self.temperature.clamp_()
+        texts = (input_ids, mlm_input_ids) if "mlm" in active else (input_ids,)
+        distilled = "mlm" in active and self.distillation_weight > 0
+        image = self.albef.encode_image(pixel_values)["image_embeds"]
+        states = _each_text(self.albef, texts, attention_mask)
+        teacher_image, *teacher_text = self.teacher_states(
+            pixel_values, *texts[: 1 + distilled], attention_mask=attention_mask
+        )
+        contrast, *similar, image_embeds, text_embeds = self.contrast(
+            image, states[0], teacher_image, teacher_text[0], image_ids
+        )
+        losses, correct, counts = {}, {}, {}
+        images = self.albef.fusion_model.keys_and_values(image) if active - {"itc"} else []
+        if "itc" in active:
+            losses["itc"] = contrast
+        if "itm" in active:
+            given = negative_image_index, negative_text_index
+            false = self.negatives(*similar, image_ids, negative_draws, given, generator)
+            losses["itm"], correct["itm"], counts["itm"] = self.match(states[0], attention_mask, images, *false)
+        if "mlm" in active:
+            losses["mlm"], correct["mlm"], counts["mlm"] = self.masked_words(
+                states[1], attention_mask, images, mlm_labels, teacher_text[-1], teacher_image
+            )
+        loss = sum(weights[name] * value for name, value in losses.items())
+        return PreTrainingOutput(loss, losses, image_embeds, text_embeds, correct, counts)
+
+
+class VlpAlbefForImageTextRetrieval(VlpAlbefAligned):
+    """Contrast and matching, where texts of one image are all its own (section 4.2, retrieval and weakly supervised grounding)."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^(teacher\.)?mlm_head\.", r"^teacher\.", r"^queue\."]
+
+    def __init__(self, config: VlpAlbefConfig):
+        super().__init__(config)
+        self.add_teacher()
+        self.post_init()
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
+        negative_draws: torch.Tensor | None = None,
+        negative_image_index: torch.Tensor | None = None,
+        negative_text_index: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> PreTrainingOutput:
+        """The sum of contrast and matching; arguments and what is returned as of `VlpAlbefForPreTraining`, without masked words.
+
+        Raises:
+            ValueError: texts or images are missing, rows do not fit, no momentum copy.
+        """
+        if input_ids is None or pixel_values is None:
+            raise ValueError("training retrieval needs input_ids and pixel_values; pairs are scored by score_pairs")
+        require_pairs(input_ids=input_ids, pixel_values=pixel_values, image_ids=image_ids)
+        self._require_teacher()
+        image = self.albef.encode_image(pixel_values)["image_embeds"]
+        (text,) = _each_text(self.albef, (input_ids,), attention_mask)
+        teacher = self.teacher_states(pixel_values, input_ids, attention_mask=attention_mask)
+        contrast, *similar, image_embeds, text_embeds = self.contrast(image, text, *teacher, image_ids)
+        given = negative_image_index, negative_text_index
+        false = self.negatives(*similar, image_ids, negative_draws, given, generator)
+        images = self.albef.fusion_model.keys_and_values(image)
+        matching, correct, count = self.match(text, attention_mask, images, *false)
+        losses = {"itc": contrast, "itm": matching}
+        return PreTrainingOutput(
+            contrast + matching, losses, image_embeds, text_embeds, {"itm": correct}, {"itm": count}
+        )
