@@ -76,6 +76,15 @@ def require_choice(config: PreTrainedConfig, **choices: tuple) -> None:
             raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}")
 
 
+def require_heads_of_equal_width(config: PreTrainedConfig) -> None:
+    """Raise a ValueError unless `num_attention_heads` divides `hidden_size`."""
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}; the paper uses "
+            "heads of 64"
+        )
+
+
 def tower_by_name(name: str) -> PreTrainedConfig | dict:
     """The configuration behind a tower's name: "timm/<architecture>", or a transformers model's folder or Hub id."""
     if name.startswith("timm/"):

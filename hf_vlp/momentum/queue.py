@@ -5,7 +5,7 @@ from torch import nn
 from transformers import initialization as init
 
 from hf_vlp.distributed import gather_without_gradient
-from hf_vlp.objectives.momentum_contrast import UNKNOWN_IMAGE
+from hf_vlp.objectives.momentum_contrast import UNKNOWN_IMAGE, same_image
 
 
 class FeatureQueue(nn.Module):
@@ -81,5 +81,4 @@ class FeatureQueue(nn.Module):
 
     def same_image(self, image_ids: torch.Tensor) -> torch.Tensor:
         """Identities [B] -> [B, Q] bool, whether a row of the queue is of that image; unknown ones (-100) are never the same."""
-        known = image_ids.ne(UNKNOWN_IMAGE)[:, None]
-        return known & (image_ids[:, None] == self.image_ids[None, :])
+        return same_image(image_ids, self.image_ids)

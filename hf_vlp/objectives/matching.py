@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_vlp.objectives.distillation import IGNORED
-from hf_vlp.objectives.momentum_contrast import UNKNOWN_IMAGE
+from hf_vlp.objectives.momentum_contrast import same_image
 
 SMALLEST_WEIGHT = 1e-30  # of a negative that is possible at all
 
@@ -28,7 +28,7 @@ def negative_weights(similarities: torch.Tensor, image_ids: torch.Tensor | None 
     weights = similarities.float().softmax(dim=1) + SMALLEST_WEIGHT
     matches = torch.eye(len(weights), dtype=torch.bool, device=weights.device)
     if image_ids is not None:
-        matches |= (image_ids[:, None] == image_ids[None, :]) & image_ids.ne(UNKNOWN_IMAGE)
+        matches |= same_image(image_ids, image_ids)
     return weights.masked_fill(matches, 0.0)
 
 

@@ -51,7 +51,7 @@ def momentum_contrastive_loss(
     size = len(image_embeds)
     labels, left_out = pair_targets(size, device=image_embeds.device), None
     if image_ids is not None:
-        same = _same_image(image_ids, queue_ids, len(queue_image_embeds))  # [B, B + Q]
+        same = _key_of_same_image(image_ids, queue_ids, len(queue_image_embeds))  # [B, B + Q]
         if exclude:
             left_out = same.fill_diagonal_(False)
         else:
@@ -75,13 +75,16 @@ def momentum_contrastive_loss(
     return loss, *found
 
 
-def _same_image(image_ids: torch.Tensor, queue_ids: torch.Tensor | None, queued: int) -> torch.Tensor:
+def same_image(image_ids: torch.Tensor, other_ids: torch.Tensor) -> torch.Tensor:
+    """Identities [B] and [N] -> [B, N] bool, whether both are of one image; unknown ones (-100) never are."""
+    return (image_ids[:, None] == other_ids[None, :]) & image_ids.ne(UNKNOWN_IMAGE)[:, None]
+
+
+def _key_of_same_image(image_ids: torch.Tensor, queue_ids: torch.Tensor | None, queued: int) -> torch.Tensor:
     """[B, B + Q] bool: whether a key is of the row's image, which its own always is."""
     if queue_ids is None:
         queue_ids = image_ids.new_full((queued,), UNKNOWN_IMAGE)
-    keys = torch.cat([image_ids, queue_ids])
-    same = (image_ids[:, None] == keys[None, :]) & image_ids.ne(UNKNOWN_IMAGE)[:, None]
-    return same.fill_diagonal_(True)
+    return same_image(image_ids, torch.cat([image_ids, queue_ids])).fill_diagonal_(True)
 
 
 def _without(similarities: torch.Tensor, left_out: torch.Tensor | None) -> torch.Tensor:

@@ -12,17 +12,10 @@ from hf_vlp.configuration import (
     OwnArchitectureOnly,
     refuse_near_misses,
     require_choice,
+    require_heads_of_equal_width,
     require_positive,
     tower_by_name,
 )
-
-
-def _heads_divide(config: PreTrainedConfig) -> None:
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}; the paper uses "
-            "heads of 64"
-        )
 
 
 @strict
@@ -57,7 +50,7 @@ class VlpAlbefVisionConfig(OwnArchitectureOnly, PreTrainedConfig):
     def validate_architecture(self):
         require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         require_positive(self, "num_channels", "image_size", "patch_size")
-        _heads_divide(self)
+        require_heads_of_equal_width(self)
         if self.image_size < self.patch_size or self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}: the grid of patches would not cover the "
@@ -97,7 +90,7 @@ class VlpAlbefTextConfig(OwnArchitectureOnly, PreTrainedConfig):
     def validate_architecture(self):
         require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         require_positive(self, "num_attention_heads", "max_position_embeddings", "type_vocab_size")
-        _heads_divide(self)
+        require_heads_of_equal_width(self)
 
 
 @strict
@@ -126,7 +119,7 @@ class VlpAlbefMultimodalConfig(OwnArchitectureOnly, PreTrainedConfig):
 
     def validate_architecture(self):
         require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        _heads_divide(self)
+        require_heads_of_equal_width(self)
 
 
 @strict

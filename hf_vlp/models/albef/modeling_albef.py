@@ -558,36 +558,37 @@ class VlpAlbefModel(VlpAlbefPreTrainedModel):
         )
 
 
-class VlpAlbefAligned(VlpAlbefPreTrainedModel):
-    """What is trained by contrast and matching: the model, its matching head, and in training its momentum copy and the queue.
+class VlpAlbefTaught(VlpAlbefPreTrainedModel):
+    """The model under a head, and the momentum copy of `taught_parts` that gives soft targets in training.
 
-    temperature_limits: whether the temperature is held between its limits.
+    A class calls `add_teacher` when its parts are there; the copy exists where the configuration has one.
     """
 
-    temperature_limits = False
-    _keys_to_ignore_on_load_missing = [r"^teacher\.", r"^queue\."]  # a copy of the weights, and an empty queue
+    _keys_to_ignore_on_load_missing = [r"^teacher\."]
+    taught_parts: tuple[str, ...] = ("albef",)
 
-    def __init__(self, config: VlpAlbefConfig):
+    def __init__(self, config: VlpAlbefConfig, add_projections: bool = True):
         super().__init__(config)
-        self.albef = VlpAlbefModel(config)
-        limits = (config.temperature_min, config.temperature_max) if self.temperature_limits else None
-        self.temperature = Temperature(config.temperature_init_value, limits)
-        self.itm_head = nn.Linear(config.multimodal_config.hidden_size, 2)
+        self.albef = VlpAlbefModel(config, add_projections)
         self.distillation_weight = float(config.distillation_weight)
-
-    def add_teacher(self) -> None:
-        """The momentum copy and the queue, where the configuration has them."""
-        if self.config.momentum_teacher:
-            self.teacher = MomentumTeacher(self.config.momentum, **self.students())
-            self.queue = FeatureQueue(self.config.queue_size, self.config.projection_dim)
 
     def students(self) -> dict[str, nn.Module]:
         """What the momentum copy is of."""
-        return {"albef": self.albef}
+        return {name: getattr(self, name) for name in self.taught_parts}
+
+    def add_teacher(self) -> None:
+        """The momentum copy, where the configuration has one."""
+        if self.config.momentum_teacher:
+            self.teacher = MomentumTeacher(self.config.momentum, **self.students())
+
+    def move_teacher(self) -> None:
+        """The momentum copy goes a step towards the model, in training and if it is due."""
+        if self.training and self.teacher.due:
+            self.teacher.update(**self.students())
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """A checkpoint without the momentum copy gets one of its own weights."""
+        """What a checkpoint lacks of the momentum copy begins as the model's own weights."""
         super()._init_weights(module)
         if module is self and hasattr(self, "teacher"):
             self.teacher.copy_(**self.students())
@@ -598,8 +599,8 @@ class VlpAlbefAligned(VlpAlbefPreTrainedModel):
             self.teacher.before_step()
 
     def ramps(self) -> dict[str, Any]:
-        """Numbers that a recipe may change while training: alpha of the distillation."""
-        return {"distillation_weight": self._set_distillation_weight}
+        """Numbers that a recipe may change while training: alpha of the distillation, where there is a momentum copy."""
+        return {"distillation_weight": self._set_distillation_weight} if hasattr(self, "teacher") else {}
 
     def _set_distillation_weight(self, value: float) -> None:
         if not 0 <= value <= 1:
@@ -639,6 +640,28 @@ class VlpAlbefAligned(VlpAlbefPreTrainedModel):
     def encode_text(self, *args, **kwargs) -> dict[str, torch.Tensor]:
         """See `VlpAlbefModel.encode_text`."""
         return self.albef.encode_text(*args, **kwargs)
+
+
+class VlpAlbefAligned(VlpAlbefTaught):
+    """What is trained by contrast and matching: the model, its matching head, and in training its momentum copy and the queue.
+
+    temperature_limits: whether the temperature is held between its limits.
+    """
+
+    temperature_limits = False
+    _keys_to_ignore_on_load_missing = [r"^teacher\.", r"^queue\."]  # a copy of the weights, and an empty queue
+
+    def __init__(self, config: VlpAlbefConfig):
+        super().__init__(config)
+        limits = (config.temperature_min, config.temperature_max) if self.temperature_limits else None
+        self.temperature = Temperature(config.temperature_init_value, limits)
+        self.itm_head = nn.Linear(config.multimodal_config.hidden_size, 2)
+
+    def add_teacher(self) -> None:
+        """The momentum copy and the queue, where the configuration has them."""
+        super().add_teacher()
+        if self.config.momentum_teacher:
+            self.queue = FeatureQueue(self.config.queue_size, self.config.projection_dim)
 
     def fuse(self, *args, **kwargs) -> torch.Tensor:
         """See `VlpAlbefModel.fuse`."""
@@ -700,8 +723,7 @@ class VlpAlbefAligned(VlpAlbefPreTrainedModel):
     ) -> tuple[torch.Tensor, ...]:
         """States of the images [B, 1 + P, D] and of each of the `texts` [B, L] by the momentum copy, which is moved first in training."""
         with torch.no_grad():
-            if self.training and self.teacher.due:
-                self.teacher.update(**self.students())
+            self.move_teacher()
             image = self.teacher.albef.encode_image(pixel_values)["image_embeds"]
             return image, *_each_text(self.teacher.albef, texts, attention_mask)
 
@@ -808,6 +830,7 @@ class VlpAlbefForPreTraining(VlpAlbefAligned):
     """Contrast, matching and masked words, with soft targets by the momentum copy (sections 3.2 and 3.3)."""
 
     temperature_limits = True
+    taught_parts = ("albef", "mlm_head")
 
     def __init__(self, config: VlpAlbefConfig):
         super().__init__(config)
@@ -822,9 +845,6 @@ class VlpAlbefForPreTraining(VlpAlbefAligned):
         if config.momentum_teacher:
             self._tied_weights_keys["teacher.mlm_head.decoder.weight"] = f"teacher.albef.{name}.weight"
         self.post_init()
-
-    def students(self) -> dict[str, nn.Module]:
-        return {"albef": self.albef, "mlm_head": self.mlm_head}
 
     def fill_tower(self, name: str, tower: str | nn.Module) -> None:
         """See `VlpAlbefModel.fill_tower`; of a BERT the head that predicts masked words is taken as well."""

@@ -1,7 +1,6 @@
 """ALBEF's downstream tasks: filling masks, visual entailment, reasoning over two images, and questions answered in words (section 4.2)."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +14,7 @@ from hf_vlp.layers.post_norm import PostNormBlock
 from hf_vlp.layers.text_embeddings import TextEmbeddings
 from hf_vlp.layers.towers import require_pairs
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
-from hf_vlp.models.albef.modeling_albef import VlpAlbefModel, VlpAlbefPreTrainedModel, bert_blocks
-from hf_vlp.momentum.teacher import MomentumTeacher
+from hf_vlp.models.albef.modeling_albef import VlpAlbefModel, VlpAlbefTaught, bert_blocks
 from hf_vlp.objectives.distillation import IGNORED, distilled_cross_entropy
 from hf_vlp.objectives.masked_prediction import masked_prediction_loss
 from hf_vlp.objectives.matching import draw_negatives, negative_weights
@@ -28,78 +26,27 @@ MATCHED_FIRST, MATCHED_SECOND, NOT_MATCHED = 0, 1, 2  # rows of the assignment h
 LOGITS_AT_ONCE = 1024  # tokens whose logits over the vocabulary are held at a time
 
 
-class VlpAlbefTask(VlpAlbefPreTrainedModel):
-    """The model under a head: it loads out of a pre-training folder, whose own heads are left out.
-
-    With `add_teacher` a momentum copy of `taught_parts` gives soft targets in training, where the configuration has one.
-    """
+class VlpAlbefTask(VlpAlbefTaught):
+    """A head without contrast: it loads out of a pre-training folder, whose own heads are left out."""
 
     _keys_to_ignore_on_load_unexpected = [UNUSED]
-    _keys_to_ignore_on_load_missing = [r"^teacher\."]
-    taught_parts: tuple[str, ...] = ("albef", "classifier")
+    taught_parts = ("albef", "classifier")
 
     def __init__(self, config: VlpAlbefConfig, add_projections: bool = False):
-        super().__init__(config)
-        self.albef = VlpAlbefModel(config, add_projections)
-        self.distillation_weight = float(config.distillation_weight)
-
-    def students(self) -> dict[str, nn.Module]:
-        """What the momentum copy is of."""
-        return {name: getattr(self, name) for name in self.taught_parts}
-
-    def add_teacher(self) -> None:
-        """The momentum copy, where the configuration has one."""
-        if self.config.momentum_teacher:
-            self.teacher = MomentumTeacher(self.config.momentum, **self.students())
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        """What a checkpoint lacks of the momentum copy begins as the model's own weights."""
-        super()._init_weights(module)
-        if module is self and hasattr(self, "teacher"):
-            self.teacher.copy_(**self.students())
-
-    def before_step(self) -> None:
-        """To be called before every optimizer step: the momentum copy then moves once in it, however many batches it has."""
-        if hasattr(self, "teacher"):
-            self.teacher.before_step()
-
-    def ramps(self) -> dict[str, Any]:
-        """Numbers that a recipe may change while training: alpha of the distillation."""
-        return {"distillation_weight": self._set_distillation_weight} if hasattr(self, "teacher") else {}
-
-    def _set_distillation_weight(self, value: float) -> None:
-        if not 0 <= value <= 1:
-            raise ValueError(f"distillation_weight {value} must lie between 0 and 1")
-        self.distillation_weight = float(value)
-
-    def resize_image_positions(self, image_size: int) -> None:
-        """See `VlpAlbefVisionModel.resize_image_positions`; the momentum copy's table as well."""
-        self.albef.resize_image_positions(image_size)
-        if hasattr(self, "teacher"):
-            self.teacher.albef.resize_image_positions(image_size)
-        self.config.vision_config.image_size = image_size
-
-    def encode_image(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """See `VlpAlbefModel.encode_image`."""
-        return self.albef.encode_image(pixel_values)
-
-    def encode_text(self, *args, **kwargs) -> dict[str, torch.Tensor]:
-        """See `VlpAlbefModel.encode_text`."""
-        return self.albef.encode_text(*args, **kwargs)
+        super().__init__(config, add_projections)
 
     def soft_targets(self, predict: Callable[[nn.Module], torch.Tensor]) -> tuple[torch.Tensor | None, float]:
         """What the momentum copy predicts and alpha, its weight; None and 0 where it does not teach. In training it moves first.
 
         `predict`: from something with the parts of the model as attributes, to logits.
         """
-        teacher = getattr(self, "teacher", None)
-        if teacher is not None and self.training and teacher.due:
-            teacher.update(**self.students())
-        if teacher is None or not self.distillation_weight:
+        if not hasattr(self, "teacher"):
+            return None, 0.0
+        self.move_teacher()
+        if not self.distillation_weight:
             return None, 0.0
         with torch.no_grad():
-            return predict(teacher), self.distillation_weight
+            return predict(self.teacher), self.distillation_weight
 
     def classify(
         self, predict: Callable[[nn.Module], torch.Tensor], labels: torch.Tensor | None

@@ -7,7 +7,13 @@ Defaults are ViLT-B/32, the paper's only size, and its pre-training.
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from hf_vlp.configuration import OwnArchitectureOnly, refuse_near_misses, require_choice, require_positive
+from hf_vlp.configuration import (
+    OwnArchitectureOnly,
+    refuse_near_misses,
+    require_choice,
+    require_heads_of_equal_width,
+    require_positive,
+)
 
 
 @strict
@@ -63,11 +69,7 @@ class VlpViltConfig(OwnArchitectureOnly, PreTrainedConfig):
         require_positive(self, "max_position_embeddings", "type_vocab_size", "image_size", "patch_size", "num_channels")
         require_positive(self, "wpa_iterations")
         require_choice(self, wpa_solver=("ipot", "sinkhorn", "exact"))
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
-                "the paper uses heads of 64"
-            )
+        require_heads_of_equal_width(self)
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}")
         if self.max_image_length is not None and self.max_image_length < 1:
