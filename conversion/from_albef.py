@@ -28,11 +28,8 @@ from conversion.saving import command_line, fill, refuse_no_numbers, run_or_exit
 from conversion.tables import ConversionError, convert
 from hf_vlp.inputs.vocabulary import without_end_mark
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
-from hf_vlp.models.albef.modeling_albef import (
-    VlpAlbefForImageTextRetrieval,
-    VlpAlbefForPreTraining,
-    VlpAlbefModel,
-)
+from hf_vlp.models.albef.modeling_albef import VlpAlbefModel
+from hf_vlp.models.albef.pretraining_albef import VlpAlbefForImageTextRetrieval, VlpAlbefForPreTraining
 from hf_vlp.objectives.momentum_contrast import UNKNOWN_IMAGE
 
 CLASSES = {

@@ -89,8 +89,8 @@ TABLE = {
         "albef.configuration_albef:VlpAlbefConfig",
         {
             "AutoModel": "albef.modeling_albef:VlpAlbefModel",
-            "AutoModelForPreTraining": "albef.modeling_albef:VlpAlbefForPreTraining",
-            "AutoModelForImageTextRetrieval": "albef.modeling_albef:VlpAlbefForImageTextRetrieval",
+            "AutoModelForPreTraining": "albef.pretraining_albef:VlpAlbefForPreTraining",
+            "AutoModelForImageTextRetrieval": "albef.pretraining_albef:VlpAlbefForImageTextRetrieval",
         },
         processor="albef.processing_albef:VlpAlbefProcessor",
         image_processors={
@@ -266,5 +266,7 @@ def __getattr__(name: str) -> type:
 
     mapping = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
     doc = f"`from_pretrained` and `from_config` for every registered class of the task: {name.removeprefix('AutoModelFor')}."
-    globals()[name] = type(name, (_BaseAutoModelClass,), {"_model_mapping": mapping, "__doc__": doc, "__module__": __name__})
+    globals()[name] = type(
+        name, (_BaseAutoModelClass,), {"_model_mapping": mapping, "__doc__": doc, "__module__": __name__}
+    )
     return globals()[name]

@@ -289,7 +289,12 @@ def vilt_config(**fields) -> Callable[[], VlpViltConfig]:
 
 def albef_text_config() -> VlpAlbefTextConfig:
     return VlpAlbefTextConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=16, pad_token_id=END, initializer_range=0.2, **LAYERS, **NO_DROPOUT
+        vocab_size=VOCABULARY,
+        max_position_embeddings=16,
+        pad_token_id=END,
+        initializer_range=0.2,
+        **LAYERS,
+        **NO_DROPOUT,
     )
 
 
@@ -481,11 +486,17 @@ ROWS = [
     Row(f"{ALBEF}VisionModel", "vit", albef_vision_config, ("pixel_values",), recorded={"": (3, 2)}),
     Row(f"{ALBEF}Model", "fused", albef_config(), PAIR, recorded={"": (3, 2)}, **ALIGNED),
     Row(
-        f"{ALBEF}ForPreTraining",
+        "albef.pretraining_albef:VlpAlbefForPreTraining",
         "all-terms",
         albef_config(),
         (*PAIR, *MASKED_WORDS, "image_ids", "negative_draws"),
         **ALIGNED,
     ),
-    Row(f"{ALBEF}ForImageTextRetrieval", "identities", albef_config(), (*PAIR, "image_ids", "negative_draws"), **ALIGNED),
+    Row(
+        "albef.pretraining_albef:VlpAlbefForImageTextRetrieval",
+        "identities",
+        albef_config(),
+        (*PAIR, "image_ids", "negative_draws"),
+        **ALIGNED,
+    ),
 ]

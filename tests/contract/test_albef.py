@@ -5,11 +5,8 @@ import torch
 from torch import nn
 
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
-from hf_vlp.models.albef.modeling_albef import (
-    VlpAlbefForImageTextRetrieval,
-    VlpAlbefForPreTraining,
-    VlpAlbefModel,
-)
+from hf_vlp.models.albef.modeling_albef import VlpAlbefModel
+from hf_vlp.models.albef.pretraining_albef import VlpAlbefForImageTextRetrieval, VlpAlbefForPreTraining
 from tests.contract.rows import ROWS, albef_config, albef_text_config, bert_config
 
 PRETRAINING = next(row for row in ROWS if row.model.endswith("VlpAlbefForPreTraining"))

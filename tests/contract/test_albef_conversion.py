@@ -13,7 +13,8 @@ from conversion.checkpoints import CheckpointError, UnsafeCheckpointError, read_
 from conversion.from_albef import Original, convert_all, for_task, load_model, read_options, read_original
 from conversion.tables import ConversionError
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
-from hf_vlp.models.albef.modeling_albef import VlpAlbefForImageTextRetrieval, VlpAlbefForPreTraining, VlpAlbefModel
+from hf_vlp.models.albef.modeling_albef import VlpAlbefModel
+from hf_vlp.models.albef.pretraining_albef import VlpAlbefForImageTextRetrieval, VlpAlbefForPreTraining
 from tests.contract.weight_files import CallsSystem, read_manifest, same
 
 GOLDEN = Path(__file__).parents[1] / "golden"

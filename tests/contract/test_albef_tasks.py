@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
-from hf_vlp.models.albef.modeling_albef import VlpAlbefForPreTraining
+from hf_vlp.models.albef.pretraining_albef import VlpAlbefForPreTraining
 from hf_vlp.models.albef.tasks_albef import (
     VlpAlbefForMaskedLM,
     VlpAlbefForTextAssignment,

@@ -16,7 +16,7 @@ from hf_vlp.explain.transport_plan import heat_map, patch_masses, real_patches, 
 from hf_vlp.inputs.vocabulary import train_wordpiece_tokenizer, without_end_mark
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
 from hf_vlp.models.albef.image_processing_albef import VlpAlbefImageProcessor
-from hf_vlp.models.albef.modeling_albef import VlpAlbefForImageTextRetrieval
+from hf_vlp.models.albef.pretraining_albef import VlpAlbefForImageTextRetrieval
 from hf_vlp.models.albef.processing_albef import VlpAlbefProcessor
 from hf_vlp.models.vilt.configuration_vilt import VlpViltConfig
 from hf_vlp.models.vilt.image_processing_vilt import VlpViltImageProcessor

@@ -19,7 +19,7 @@ from hf_vlp.inputs.image_augmentations import RandomAugmentCrop, TrainingTransfo
 from hf_vlp.inputs.vocabulary import train_wordpiece_tokenizer
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
 from hf_vlp.models.albef.image_processing_albef import VlpAlbefImageProcessor
-from hf_vlp.models.albef.modeling_albef import VlpAlbefForImageTextRetrieval, VlpAlbefForPreTraining
+from hf_vlp.models.albef.pretraining_albef import VlpAlbefForImageTextRetrieval, VlpAlbefForPreTraining
 from hf_vlp.training.building import build_config, build_model
 from hf_vlp.training.optim import optimizer_of, rate_factor
 from hf_vlp.training.ramps import ramp_value

@@ -21,7 +21,7 @@ from hf_vlp.explain.words import word_tokens
 from hf_vlp.inputs.vocabulary import train_wordpiece_tokenizer, without_end_mark
 from hf_vlp.layers import attention as attention_layer
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
-from hf_vlp.models.albef.modeling_albef import VlpAlbefForImageTextRetrieval
+from hf_vlp.models.albef.pretraining_albef import VlpAlbefForImageTextRetrieval
 
 TEXT_LAYERS, FUSION_LAYERS, BLOCKS, PATCH = 2, 4, 3, 8
 

@@ -18,7 +18,8 @@ from conversion.from_albef import build_model, convert_all, for_task, read_origi
 from conversion.tables import forward_names, original_value
 from hf_vlp.inputs.text_masking import RandomMasking
 from hf_vlp.layers.patch_embedding import resize_position_table
-from hf_vlp.models.albef.modeling_albef import VlpAlbefForPreTraining, VlpAlbefModel
+from hf_vlp.models.albef.modeling_albef import VlpAlbefModel
+from hf_vlp.models.albef.pretraining_albef import VlpAlbefForPreTraining
 from hf_vlp.objectives.matching import negative_weights
 from hf_vlp.training.optim import parameter_groups, rate_factor
 from tests.parity.harness import Case
