@@ -2,8 +2,9 @@
 
 Paper: "Align before Fuse: Vision and Language Representation Learning with Momentum Distillation", https://arxiv.org/abs/2107.07651.
 Source: `models/` and `configs/` of the released code. Its text encoder is one BERT whose layers from `fusion_layer` on read the image
-too; ours are two parts, each numbered from 0. A file of pre-training calls the text encoder `text_encoder.bert.`, one of retrieval or
-grounding `text_encoder.`. Nothing here needs values: meta tensors will do.
+too; ours are two parts, each numbered from 0. Of two images (NLVR2 and its pre-training by text assignment) every second of these reads
+the second one; ours are in `second_layers`. A file of pre-training calls the text encoder `text_encoder.bert.`, others `text_encoder.`.
+Nothing here needs values: meta tensors will do.
 """
 
 import math
@@ -14,11 +15,23 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from conversion.albef_task_layouts import (
+    CONTRASTED,
+    CROSS_ATTENTION,
+    LABELS,
+    OF_TWO_IMAGES,
+    momentum_parts,
+    task_differences,
+    task_of,
+    teaches,
+    untold_of_task,
+)
 from conversion.checkpoints import looks_like
 from conversion.tables import (
     ConversionError,
     Drop,
     Rename,
+    Repeat,
     Row,
     Split,
     Squeezed,
@@ -32,12 +45,10 @@ from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig, VlpAlbefText
 HEAD_SIZE = 64  # of the released models: the number of heads is not in the weights
 POSITIONS = "visual_encoder.pos_embed"
 WORDS = "embeddings.word_embeddings.weight"
-CROSS_ATTENTION = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.crossattention\.")
 LAYER = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.")
 PREDICTIONS = "cls.predictions"
-TEACHER = re.compile(r"(visual_encoder|vision_proj|text_encoder|text_proj)_m\.")
-QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
-INTEGERS = ("queue.image_ids", "queue.position")
+DECODER_LAYER = re.compile(r"text_decoder\.bert\.encoder\.layer\.(\d+)\.")
+INTEGERS = ("queue.image_ids", "queue.position", "answer_ids")
 PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 ATTENTIONS = {"attention": "attention", "crossattention": "cross_attention"}
 # Fields of our parts under the names of the options of the released code; the number of heads and what follows is not in the weights.
@@ -64,20 +75,25 @@ BERT_SIZES = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps":
 # ------------------------------------------------------------------------------------------------ names
 
 
-def albef_table(text_layers: int, fusion_layers: int, bert: str = "") -> Table:
-    """Rows for everything that a file of pre-training, retrieval or grounding may hold.
+def albef_table(text_layers: int, fusion_layers: int, bert: str = "", images: int = 1, answer_layers: int = 0) -> Table:
+    """Rows for everything that a file of any stage or task may hold.
 
     Args:
-        text_layers: of BERT, without the image. fusion_layers: those behind them.
+        text_layers: of BERT, without the image. fusion_layers: those behind them, of each image.
         bert: "bert." where the file has that in front of the names of the text encoder.
+        images: that the layers attend to in turn, 1 or 2. answer_layers: of the decoder that writes answers.
     """
     return [
         Rename("temp", "temperature.weight"),
         Rename("itm_head.*", "itm_head.*"),
+        Rename("ta_head.*", "assignment_head.*"),
         *(
             row
             for suffix, ours in (("", ""), ("_m", "teacher."))
-            for row in _model_rows(suffix, ours, text_layers, fusion_layers, bert)
+            for row in (
+                *_model_rows(suffix, ours, text_layers, fusion_layers, bert, images),
+                *_head_rows(suffix, ours, answer_layers),
+            )
         ),
         Transpose("image_queue", "queue.image_features"),
         Transpose("text_queue", "queue.text_features"),
@@ -86,11 +102,13 @@ def albef_table(text_layers: int, fusion_layers: int, bert: str = "") -> Table:
     ]
 
 
-def _model_rows(suffix: str, prefix: str, text_layers: int, fusion_layers: int, bert: str) -> Iterator[Row]:
-    """Rows of the model and its masked-language head, or of their momentum copies."""
-    image, text = f"visual_encoder{suffix}", f"text_encoder{suffix}"
+def _model_rows(
+    suffix: str, prefix: str, text_layers: int, fusion_layers: int, bert: str, images: int
+) -> Iterator[Row]:
+    """Rows of the model, or of its momentum copy."""
+    image, text = f"visual_encoder{suffix}", f"text_encoder{suffix}.{bert}"
     ours = f"{prefix}albef"
-    vision, embeddings = f"{ours}.vision_model", f"{ours}.text_model.embeddings"
+    vision = f"{ours}.vision_model"
     yield Rename(f"vision_proj{suffix}.*", f"{ours}.visual_projection.*")
     yield Rename(f"text_proj{suffix}.*", f"{ours}.text_projection.*")
     yield Squeezed(f"{image}.cls_token", f"{vision}.embeddings.class_embedding", axes=2)
@@ -103,19 +121,45 @@ def _model_rows(suffix: str, prefix: str, text_layers: int, fusion_layers: int, 
     yield Rename(f"{block}.attn.proj.*", f"{layer}.attention.out_proj.*")
     for part in ("norm1", "norm2", "mlp"):
         yield Rename(f"{block}.{part}.*", f"{layer}.{part}.*")
-    yield Drop(f"{text}.{bert}embeddings.position_ids", "counts 0, 1, 2, ...")
-    yield Rename(f"{text}.{bert}embeddings.LayerNorm.*", f"{embeddings}.norm.*")
-    yield Rename(f"{text}.{bert}embeddings.*", f"{embeddings}.*")
-    for number in range(text_layers + fusion_layers):
-        own = (
-            f"text_model.encoder.layers.{number}"
-            if number < text_layers
-            else f"fusion_model.layers.{number - text_layers}"
-        )
-        yield from _bert_rows(f"{text}.{bert}encoder.layer.{number}", f"{ours}.{own}", crossed=number >= text_layers)
-    yield Drop(f"{text}.{PREDICTIONS}.bias", "the decoder's bias, stored twice")
-    for theirs, own in (("transform.dense", "dense"), ("transform.LayerNorm", "norm"), ("decoder", "decoder")):
-        yield Rename(f"{text}.{PREDICTIONS}.{theirs}.*", f"{prefix}mlm_head.{own}.*")
+    yield from _embedding_rows(f"{text}embeddings", f"{ours}.text_model.embeddings")
+    layer = f"{text}encoder.layer"
+    for number in range(text_layers):
+        yield from _bert_rows(f"{layer}.{number}", f"{ours}.text_model.encoder.layers.{number}", crossed=False)
+    for number in range(fusion_layers):
+        first = text_layers + images * number
+        if images == 2:  # the layers of a pair share what makes keys and values of the image
+            for part in ("key", "value"):
+                for kind in ("weight", "bias"):
+                    name = f"crossattention.self.{part}.{kind}"
+                    yield Repeat(f"{layer}.{first + 1}.{name}", f"{layer}.{first}.{name}")
+            yield from _bert_rows(f"{layer}.{first + 1}", f"{prefix}second_layers.{number}", crossed=True)
+        yield from _bert_rows(f"{layer}.{first}", f"{ours}.fusion_model.layers.{number}", crossed=True)
+
+
+def _head_rows(suffix: str, prefix: str, answer_layers: int) -> Iterator[Row]:
+    """Rows of the heads that have momentum copies, or of these."""
+    yield from _prediction_rows(f"text_encoder{suffix}", f"{prefix}mlm_head")
+    yield Rename(f"cls_head{suffix}.0.*", f"{prefix}classifier.fc1.*")
+    yield Rename(f"cls_head{suffix}.2.*", f"{prefix}classifier.fc2.*")
+    decoder, ours = f"text_decoder{suffix}", f"{prefix}answer_decoder"
+    yield from _embedding_rows(f"{decoder}.bert.embeddings", f"{ours}.embeddings")
+    for number in range(answer_layers):
+        yield from _bert_rows(f"{decoder}.bert.encoder.layer.{number}", f"{ours}.layers.{number}", crossed=True)
+    yield from _prediction_rows(decoder, f"{ours}.head")
+
+
+def _embedding_rows(theirs: str, ours: str) -> Iterator[Row]:
+    yield Drop(f"{theirs}.position_ids", "counts 0, 1, 2, ...")
+    yield Rename(f"{theirs}.LayerNorm.*", f"{ours}.norm.*")
+    yield Rename(f"{theirs}.*", f"{ours}.*")
+
+
+def _prediction_rows(theirs: str, ours: str) -> Iterator[Row]:
+    """Rows of a masked-language head."""
+    head = f"{theirs}.{PREDICTIONS}"
+    yield Repeat(f"{head}.bias", f"{head}.decoder.bias")
+    for part, own in (("transform.dense", "dense"), ("transform.LayerNorm", "norm"), ("decoder", "decoder")):
+        yield Rename(f"{head}.{part}.*", f"{ours}.{own}.*")
 
 
 def _bert_rows(theirs: str, ours: str, crossed: bool) -> Iterator[Row]:
@@ -132,24 +176,23 @@ def _bert_rows(theirs: str, ours: str, crossed: bool) -> Iterator[Row]:
 
 def table_of(state: Mapping[str, torch.Tensor], config: VlpAlbefConfig) -> Table:
     """The rows for a file, whose names tell whether they have `bert.` in them."""
-    bert = "bert." if f"text_encoder.bert.{WORDS}" in state else ""
-    return albef_table(config.text_config.num_hidden_layers, config.multimodal_config.num_hidden_layers, bert)
+    return albef_table(
+        config.text_config.num_hidden_layers,
+        config.multimodal_config.num_hidden_layers,
+        bert="bert." if f"text_encoder.bert.{WORDS}" in state else "",
+        images=2 if task_of(state) in OF_TWO_IMAGES else 1,
+        answer_layers=config.answer_layers,
+    )
 
 
-def momentum_parts(state: Mapping[str, torch.Tensor]) -> tuple[list[str], list[str]]:
-    """The names of a file's momentum copies, and of its queues."""
-    return [name for name in state if TEACHER.match(name)], [name for name in QUEUES if name in state]
-
-
-def refuse_untied(state: Mapping[str, torch.Tensor]) -> None:
-    """Raises ConversionError where what the released code ties differs: the decoder and the words, and its bias stored twice."""
-    for text in ("text_encoder", "text_encoder_m"):
-        head = f"{text}.{PREDICTIONS}"
-        pairs = [(f"{head}.decoder.bias", f"{head}.bias")]
-        pairs += [(f"{head}.decoder.weight", f"{text}.{bert}{WORDS}") for bert in ("bert.", "")]
-        for one, other in pairs:
-            if one in state and other in state and not state[one].is_meta and not torch.equal(state[one], state[other]):
-                raise ConversionError(f"{one} and {other} are one tensor in the released code, and differ here")
+def refuse_untied(state: Mapping[str, torch.Tensor], table: Table) -> None:
+    """Raises ConversionError where what the released code ties differs: what it stores twice, and decoders and their words."""
+    pairs = [(row.of, row.original) for row in table if isinstance(row, Repeat)]
+    for text in ("text_encoder", "text_encoder_m", "text_decoder", "text_decoder_m"):
+        pairs += [(f"{text}.{PREDICTIONS}.decoder.weight", f"{text}.{bert}{WORDS}") for bert in ("bert.", "")]
+    for one, other in pairs:
+        if one in state and other in state and not state[one].is_meta and not torch.equal(state[one], state[other]):
+            raise ConversionError(f"{one} and {other} are one tensor in the released code, and differ here")
 
 
 # ------------------------------------------------------------------------------------------------ sizes and settings
@@ -161,7 +204,8 @@ def infer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, Any] |
     Args:
         state: under the original's names; meta tensors will do.
         options: `bert_config` and `vit`, of BERT and of the image encoder, from which is taken what the weights do not tell (one head for
-            each 64 of the width if absent); `yaml` of the run, of which `momentum`, `alpha` and `distill` are taken.
+            each 64 of the width if absent); `yaml` of the run, of which `alpha` and, behind pre-training, `distill` are taken, `momentum`
+            of the stages with a queue (the tasks have 0.995 whatever it says), and `k_test` of VQA.
 
     Raises:
         ConversionError: another architecture, sizes that make no sense or are stated otherwise, an option of another type.
@@ -181,6 +225,13 @@ def infer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, Any] |
         raise ConversionError(
             "no layer of text_encoder is without crossattention, or none has it: this is not the text encoder of ALBEF's models"
         )
+    task, fusion_layers = task_of(state), len(crossed)
+    if task in OF_TWO_IMAGES:
+        if fusion_layers % 2:
+            raise ConversionError(
+                f"{fusion_layers} layers of text_encoder have crossattention: for two images they come in pairs"
+            )
+        fusion_layers //= 2
     vocabulary, width = _shape(state, f"{text}{WORDS}", 2)
     sizes = {
         "hidden_size": width,
@@ -192,30 +243,42 @@ def infer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, Any] |
         "type_vocab_size": _shape(state, f"{text}embeddings.token_type_embeddings.weight", 2)[0],
     }
     vision = _vision_sizes(state)
-    _refuse_other_sizes(bert, {**sizes, **tables, "num_hidden_layers": len(layers), "fusion_layer": min(crossed)})
+    counts = {"num_hidden_layers": len(layers) - len(crossed) + fusion_layers, "fusion_layer": min(crossed)}
+    _refuse_other_sizes(bert, {**sizes, **tables, **counts})
     _refuse_other_sizes(vit, {"embed_dim": vision["hidden_size"], "depth": vision["num_hidden_layers"]})
     _refuse_other_sizes(vit, {"patch_size": vision["patch_size"]})
     settings = {field: bert[option] for option, field in BERT_OPTIONS.items() if option in bert}
     sizes |= {"num_attention_heads": max(1, width // HEAD_SIZE), **settings}
     vision |= {field: vit[option] for option, field in VIT_OPTIONS.items() if option in vit}
-    teacher, queues = momentum_parts(state)
-    training: dict[str, Any] = {"momentum_teacher": bool(teacher and queues)}
+    training: dict[str, Any] = {"momentum_teacher": teaches(task, *momentum_parts(state))}
     if "image_queue" in state:
         training["queue_size"] = _shape(state, "image_queue", 2)[1]
-    training |= {
-        field: run[name] for name, field in (("momentum", "momentum"), ("alpha", "distillation_weight")) if name in run
-    }
-    if run.get("distill") is False:
+    taken = {"alpha": "distillation_weight"}
+    taken |= (
+        {"momentum": "momentum"} if task in CONTRASTED else {"k_test": "answer_candidates"} if task == "vqa" else {}
+    )
+    training |= {field: run[name] for name, field in taken.items() if name in run}
+    if run.get("distill") is False and task != "pretraining":  # which has no such switch
         training["distillation_weight"] = 0.0
     if "vision_proj.weight" in state:
         training["projection_dim"] = _shape(state, "vision_proj.weight", 2)[0]
+    if task == "vqa":
+        training["answer_layers"] = len({match[1] for name in state if (match := DECODER_LAYER.match(name))})
+    labels = LABELS.get(task, {})
+    if "cls_head.2.weight" in state:
+        rows = _shape(state, "cls_head.2.weight", 2)[0]
+        training |= (
+            {"id2label": labels, "label2id": {name: row for row, name in labels.items()}}
+            if len(labels) == rows
+            else {"num_labels": rows}
+        )
     pad = {"pad_token_id": bert["pad_token_id"]} if "pad_token_id" in bert else {}
     try:
         return VlpAlbefConfig(
             vision_config=vision,
             text_config={"model_type": VlpAlbefTextConfig.model_type, **sizes, **tables, **pad}
             | {"num_hidden_layers": min(crossed)},
-            multimodal_config=sizes | {"num_hidden_layers": len(crossed)},
+            multimodal_config=sizes | {"num_hidden_layers": fusion_layers},
             **training,
         )
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -273,36 +336,47 @@ def _shape(state: Mapping[str, torch.Tensor], name: str, dimensions: int) -> tor
 def to_state_dict(config: VlpAlbefConfig, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The original's state dict from that of any of our classes.
 
-    Of pre-training the released code keeps no identities in the queue, and calls the text encoder `bert.`.
+    Of pre-training the released code keeps no identities in the queue, and calls the text encoder `bert.`. Text assignment has in its
+    file a temperature and a projection of texts, which it never reads: the configuration's and zeros.
 
     Raises:
         ConversionError: the released code would compute something else with these weights, or names that do not fit.
     """
-    differences = hidden_differences(config)
+    ours = dict(state)
+    if not any(name.startswith("albef.") for name in ours):
+        ours = {f"albef.{name}": tensor for name, tensor in ours.items()}
+    task = task_of(ours)
+    differences = hidden_differences(config, task)
     if differences:
         raise ConversionError(
             f"the released code would read another model from these weights: {'; '.join(differences)}"
         )
-    ours = dict(state)
-    if not any(name.startswith("albef.") for name in ours):
-        ours = {f"albef.{name}": tensor for name, tensor in ours.items()}
-    words = "albef.text_model.embeddings.word_embeddings.weight"
-    pretrained = "mlm_head.decoder.bias" in ours
-    if pretrained:
+    bert = "bert." if task in ("pretraining", "mlm") else ""
+    ours.pop("answer_ids", None)
+    if bert:
         ours.pop("queue.image_ids", None)
-        ours.setdefault("mlm_head.decoder.weight", ours[words])
-        if f"teacher.{words}" in ours:
-            ours.setdefault("teacher.mlm_head.decoder.weight", ours[f"teacher.{words}"])
-    bert = "bert." if pretrained else ""
-    table = albef_table(config.text_config.num_hidden_layers, config.multimodal_config.num_hidden_layers, bert)
-    result = revert(ours, table)
-    for text in ("text_encoder", "text_encoder_m"):
-        if f"{text}.{bert}{WORDS}" in result:
-            device = result[f"{text}.{bert}{WORDS}"].device
+    for copy in ("", "teacher."):
+        for head, words in (
+            ("mlm_head", "albef.text_model.embeddings"),
+            ("answer_decoder.head", "answer_decoder.embeddings"),
+        ):
+            if f"{copy}{head}.decoder.bias" in ours:
+                tied = ours[f"{copy}{words}.word_embeddings.weight"]
+                ours.setdefault(f"{copy}{head}.decoder.weight", tied)
+    if task == "assignment":
+        projection = ours["albef.visual_projection.bias"]
+        sizes = len(projection), config.text_config.hidden_size
+        ours["albef.text_projection.weight"] = projection.new_zeros(sizes)
+        ours["albef.text_projection.bias"] = torch.zeros_like(projection)
+        ours["temperature.weight"] = torch.full_like(projection[0], config.temperature_init_value)
+    images = 2 if task in OF_TWO_IMAGES else 1
+    text, fusion = config.text_config.num_hidden_layers, config.multimodal_config.num_hidden_layers
+    result = revert(ours, albef_table(text, fusion, bert, images, config.answer_layers))
+    for part in (f"text_encoder.{bert}", f"text_encoder_m.{bert}", "text_decoder.bert.", "text_decoder_m.bert."):
+        if f"{part}{WORDS}" in result:
+            device = result[f"{part}{WORDS}"].device
             counted = torch.arange(config.text_config.max_position_embeddings, device=device)[None]
-            result[f"{text}.{bert}embeddings.position_ids"] = counted
-        if f"{text}.{PREDICTIONS}.decoder.bias" in result:
-            result[f"{text}.{PREDICTIONS}.bias"] = result[f"{text}.{PREDICTIONS}.decoder.bias"]
+            result[f"{part}embeddings.position_ids"] = counted
     return result
 
 
@@ -318,10 +392,12 @@ def to_checkpoint(config: VlpAlbefConfig, state: Mapping[str, torch.Tensor]) -> 
         "alpha": config.distillation_weight,
         "distill": config.distillation_weight > 0,
     }
+    if task_of(state) == "vqa":
+        run["k_test"] = config.answer_candidates
     return {"model": to_state_dict(config, state), "config": run, "epoch": 0}
 
 
-def hidden_differences(config: VlpAlbefConfig) -> list[str]:
+def hidden_differences(config: VlpAlbefConfig, task: str = "model") -> list[str]:
     """Settings that the released code has one value of, as "vision_config.hidden_act relu, it takes gelu"."""
     vision, text, fusion = config.vision_config, config.text_config, config.multimodal_config
     if not isinstance(text, VlpAlbefTextConfig):
@@ -338,10 +414,10 @@ def hidden_differences(config: VlpAlbefConfig) -> list[str]:
     ]
     if not config.tie_word_embeddings and config.mlm_weight:
         differences.append("tie_word_embeddings False, it ties them")
-    return differences
+    return differences + task_differences(config, task)
 
 
-def untold_sizes(config: VlpAlbefConfig) -> list[str]:
+def untold_sizes(config: VlpAlbefConfig, task: str = "model") -> list[str]:
     """What its reader has to be told: sizes that the released code builds by default, and copies that its training starts from."""
     told = [
         f"{part}.{name} {getattr(getattr(config, part), name)}, it has {sizes[name]}"
@@ -351,6 +427,4 @@ def untold_sizes(config: VlpAlbefConfig) -> list[str]:
     ]
     if config.text_config.num_hidden_layers != config.multimodal_config.num_hidden_layers:
         told.append(f"fusion_layer {config.text_config.num_hidden_layers}, of its config_bert.json")
-    if not config.momentum_teacher:
-        told.append("no momentum copies and no queues, which its training scripts read: load them with strict=False")
-    return told
+    return told + untold_of_task(config, task)

@@ -132,6 +132,17 @@ class Drop(Row):
         return []
 
 
+class Repeat(Drop):
+    """An entry of the original that is the same tensor as another one, of which ours is made. `revert` writes it again.
+
+    of: that other name. Neither name has a `{}` or a `*`.
+    """
+
+    def __init__(self, original: str, of: str):
+        super().__init__(original, f"{of}, stored twice")
+        self.of = of
+
+
 Table = Sequence[Row]
 
 
@@ -168,11 +179,14 @@ def forward_names(name: str, table: Table) -> list[str]:
 def original_value(name: str, ours: Mapping[str, torch.Tensor | None], table: Table) -> torch.Tensor | None:
     """One value (weight, gradient) in the original's name and layout from values under our names.
 
-    None if any of our parts is None (no gradient) or the original's entry is dropped.
+    None if any of our parts is None (no gradient) or the original's entry is dropped; of one that repeats another, that one's.
 
     Raises:
         ConversionError: if no row fits the name or `ours` lacks a part.
     """
+    row = find_row(name, table)
+    if row is not None and isinstance(row[0], Repeat):
+        name = row[0].of
     parts = forward_names(name, table)
     if missing := [part for part in parts if part not in ours]:
         raise ConversionError(f"{name} needs {', '.join(missing)}, absent from ours")
@@ -222,7 +236,7 @@ def convert(
 
 
 def revert(state: Mapping[str, torch.Tensor], table: Table) -> dict[str, torch.Tensor]:
-    """Our state dict -> the original's (dropped entries stay absent): the inverse of `convert`.
+    """Our state dict -> the original's (dropped entries stay absent, repeated ones are written again): the inverse of `convert`.
 
     Raises:
         ConversionError: an entry of ours without a row, or parts missing for a row.
@@ -244,7 +258,8 @@ def revert(state: Mapping[str, torch.Tensor], table: Table) -> dict[str, torch.T
         if not missing:
             result[_fill(row.original, fields)] = row.join([state[part] for part in parts])
     refuse_difference(unknown, missing, "our model", "the original's layout")
-    return result
+    repeats = {row.original: row.of for row in table if isinstance(row, Repeat)}
+    return result | {name: result[of] for name, of in repeats.items() if of in result}
 
 
 def refuse_difference(unknown: Mapping, missing: Mapping, source: str, target: str) -> None:

@@ -37,6 +37,7 @@ from transformers import (
 
 from conversion.albef_layouts import to_checkpoint as to_albef_checkpoint
 from conversion.albef_layouts import untold_sizes as untold_sizes_of_albef
+from conversion.albef_task_layouts import task_of as task_of_albef
 from conversion.checkpoints import CheckpointError, read_checkpoint, save_content, save_state_dict
 from conversion.clip_layouts import clip_table, config_to_transformers, half_layout, infer_config
 from conversion.preprocessing import SAME_FIELDS
@@ -278,7 +279,7 @@ def run(options: argparse.Namespace) -> list[str]:
                 "ALBEF has one layout: a .pth file, in the precision of the folder; leave --layout and --half out"
             )
         save_content(to_albef_checkpoint(config, state), output, options.overwrite)
-        return untold_sizes_of_albef(config)
+        return untold_sizes_of_albef(config, task_of_albef(state))
     if options.layout == "transformers":
         save_transformers(folder, output, options.half, options.overwrite)
         return []

@@ -5,6 +5,7 @@
     python examples/benchmark.py clip --device cuda --batch 256
     python examples/benchmark.py vse --rows gpo,step --dtype float32
     python examples/benchmark.py vilt --rows inference,step
+    python examples/benchmark.py albef --rows step,ablation --dtype float32
     python examples/benchmark.py clip --small                               tiny models: does it run?
 
 Random weights of the published sizes; before anything is timed, everyone's numbers are compared in float32. Per row and contender:
@@ -28,11 +29,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks import clip, vilt, vse
+from benchmarks import albef, clip, vilt, vse
 from benchmarks.measure import Call, Settings, peak_bytes
 from hf_vlp.files import write_text
 
-ARCHITECTURES = {"clip": clip, "vse": vse, "vilt": vilt}  # each a module with ROWS and BATCH; with step_alone where a row needs it
+# each a module with ROWS and BATCH; with step_alone where a row needs it
+ARCHITECTURES = {"clip": clip, "vse": vse, "vilt": vilt, "albef": albef}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -91,7 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("--rows", default=None, help="names with commas between; all unless given")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--batch", type=int, default=None, help="samples a call; unless given 16, vse 128, vilt 8 (4 a step)")
+    parser.add_argument("--batch", type=int, default=None, help="samples a call; unless given 16, vse 128, vilt 8 (4 a step), albef 4")
     parser.add_argument("--repeat", type=int, default=None, help="rounds of every row, 5 unless given")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -6,17 +6,21 @@
 
 Records are JSON lines, parquet, CSV, a data set of the Hub, or the official files. `task` of the recipe says what they hold:
 
-    vqa         image, question, answers [{"answer": "yes", "score": 1.0}, ...]
+    vqa         image, question, answers [{"answer": "yes", "score": 1.0}, ...]; a model that writes answers learns all of them, weighed
+                by their scores, and chooses in evaluation from the list that it was given
     nlvr2       images (two), statement, label (true or false)
     entailment  image, hypothesis, label ("entailment", "neutral" or "contradiction")
     retrieval   image, captions; each image is told its caption from false ones, and every pair is scored; a model that contrasts both
                 before it fuses them finds the false ones in its batch, and an `image_id` tells what belongs together
+    grounding   image, phrase; trained as retrieval, by phrases without boxes. Held-out records also say which box is meant, as
+                examples/evaluate.py has it: the phrases are found by where the model looks
 
 `model.from_pretrained` of the recipe is the folder to start from; heads of other tasks are left out, and one that it lacks is new.
 Any recipe key can follow as `--section.key value`, or `--key value` where only one section has it. `--resume auto` goes on from
 the last checkpoint of `--output` (default runs/<recipe>), `--dry-run` prints size, memory and time of a few steps and writes nothing.
 """
 
+from hf_vlp.data.pairs import ImageTextPairs
 from hf_vlp.data.record import RecordError
 from hf_vlp.inputs.vocabulary import fingerprint
 from hf_vlp.training.building import build_config, build_model
@@ -25,14 +29,14 @@ from hf_vlp.training.state import StateError
 from training.batches import build_sampler, build_transform
 from training.inputs import SPLITS, build_processor, open_store, read_split
 from training.run import open_stream, read_command, start, train_and_save
-from training.tasks import TASKS, fingerprint_of, name_classes
+from training.tasks import TASKS, fingerprint_of, list_answers, name_classes, task_of
 
 
 def main() -> None:
     options, recipe = read_command(__doc__, None)
-    if recipe.task is None:
+    if recipe.task not in TASKS:
         raise RecipeError(
-            f"task is required, one of {', '.join(TASKS)}; examples/pretrain.py is for recipes without one"
+            f"task is required, one of {', '.join(TASKS)}; examples/pretrain.py is for recipes with {recipe.task or 'none'}"
         )
     task = TASKS[recipe.task]
     run = start(options, recipe)
@@ -42,6 +46,7 @@ def main() -> None:
     with accelerator.main_process_first():
         records = {split: read_split(recipe.data, split, task.required(recipe, split)) for split in SPLITS}
     config = build_config(recipe)
+    task = task_of(recipe.task, config)
     labels = task.labels(recipe, records, config)
     if labels is not None:
         name_classes(config, labels)
@@ -59,7 +64,7 @@ def main() -> None:
         progress=accelerator.is_main_process,
     )
     # several questions of a batch may be about one image
-    sampler = build_sampler(recipe, dataset.image_ids if recipe.task == "retrieval" else range(len(dataset)))
+    sampler = build_sampler(recipe, dataset.image_ids if isinstance(dataset, ImageTextPairs) else range(len(dataset)))
     if labels is not None:
         accelerator.print(f"{len(dataset):,} of {len(records['train']):,} records to train on, {len(labels):,} classes")
     if outside := dataset.report().get("fraction_outside"):
@@ -67,6 +72,8 @@ def main() -> None:
 
     # ------------------------------------------------------------------------------------------------ model
     model = build_model(recipe, config, processor.tokenizer, task.model_class)
+    if hasattr(model, "set_answers"):
+        list_answers(model, processor, labels)
     collate = task.collator(recipe, processor, config, dataset, None if transform is None else transform.augment)
     stream = open_stream(run, dataset, sampler, collate)
     held_out = task.held_out(recipe, accelerator, model, processor, {split: records[split] for split in SPLITS[1:]})

@@ -90,7 +90,12 @@ TABLE = {
         {
             "AutoModel": "albef.modeling_albef:VlpAlbefModel",
             "AutoModelForPreTraining": "albef.pretraining_albef:VlpAlbefForPreTraining",
+            "AutoModelForTextAssignment": "albef.tasks_albef:VlpAlbefForTextAssignment",
+            "AutoModelForMaskedLM": "albef.tasks_albef:VlpAlbefForMaskedLM",
             "AutoModelForImageTextRetrieval": "albef.pretraining_albef:VlpAlbefForImageTextRetrieval",
+            "AutoModelForVisualQuestionAnswering": "albef.answering_albef:VlpAlbefForVisualQuestionAnswering",
+            "AutoModelForVisualReasoning": "albef.tasks_albef:VlpAlbefForVisualReasoning",
+            "AutoModelForVisualEntailment": "albef.tasks_albef:VlpAlbefForVisualEntailment",
         },
         processor="albef.processing_albef:VlpAlbefProcessor",
         image_processors={
@@ -121,6 +126,7 @@ OWN_AUTO_CLASSES = (
     "AutoModelForVisualReasoning",
     "AutoModelForVisualEntailment",
     "AutoModelForReferringExpression",
+    "AutoModelForTextAssignment",
 )
 
 

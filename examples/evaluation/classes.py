@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from evaluation.inputs import read
-from hf_vlp.data.readers import missing_column
+from hf_vlp.data.record import missing_column
 from hf_vlp.evaluation.encoding import encode_images, evaluating
 from hf_vlp.evaluation.linear_probe import choose_c, fit_linear_probe
 from hf_vlp.evaluation.zero_shot import evaluate_zero_shot

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForVisualQuestionAnswering
 
+from evaluation.grounding import read_phrases
 from hf_vlp.auto import AutoModelForImageTextRetrieval, AutoModelForVisualEntailment, AutoModelForVisualReasoning
 from hf_vlp.data.precomputed import PrecomputedSplit
 from hf_vlp.data.readers import parse_columns, read_records
@@ -17,12 +18,14 @@ NEEDED = {
     "vqa": ["question"],
     "nlvr2": ["statement", "label"],
     "entailment": ["hypothesis", "label"],
+    "grounding": ["phrase"],
 }
 HEADS = {
     "retrieval": AutoModelForImageTextRetrieval,
     "vqa": AutoModelForVisualQuestionAnswering,
     "nlvr2": AutoModelForVisualReasoning,
     "entailment": AutoModelForVisualEntailment,
+    "grounding": AutoModelForImageTextRetrieval,
 }
 
 
@@ -54,6 +57,8 @@ def scores_pairs(model) -> bool:
 
 def read(options, source, processor):
     """The records of a source, with the fields that the task needs."""
+    if options.task == "grounding" and any((options.references, options.instances, options.proposals)):
+        return read_phrases(options, source)
     needed = list(NEEDED[options.task])
     if not takes_regions(processor):
         needed.insert(0, "images" if options.task == "nlvr2" else "image")

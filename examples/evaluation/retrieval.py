@@ -10,7 +10,7 @@ from hf_vlp.data.crisscrossed import read_crisscrossed
 from hf_vlp.data.pickles import read_npy
 from hf_vlp.evaluation.crisscrossed import evaluate_crisscrossed
 from hf_vlp.evaluation.ensemble import SavedScores, check_fingerprint, mean_scores, write_scores
-from hf_vlp.evaluation.fusion_retrieval import Candidates, evaluate_fusion_retrieval
+from hf_vlp.evaluation.fusion_retrieval import Candidates, embeds_each_side, evaluate_fusion_retrieval, propose
 from hf_vlp.evaluation.provenance import shortened
 from hf_vlp.evaluation.retrieval import (
     RetrievalSet,
@@ -32,7 +32,7 @@ def retrieval(options, model, processor, records, shared) -> dict:
             processor,
             pairs,
             prompt=prompt,
-            candidates=candidates(options, pairs, shared),
+            candidates=candidates(options, model, processor, pairs, {"prompt": prompt, **shared}),
             pair_batch_size=options.pair_batch_size,
             resume=options.resume,
             **shared,
@@ -67,27 +67,34 @@ def retrieval(options, model, processor, records, shared) -> dict:
     return result
 
 
-def candidates(options, pairs, shared) -> Candidates | None:
-    """What --candidates proposes: a model with towers, which is evaluated now, or its scores."""
-    if (options.candidates is None) != (options.k is None):
-        raise SystemExit("--candidates names what proposes pairs, --k how many: give both or neither")
-    if options.candidates is None:
+def candidates(options, model, processor, pairs, shared) -> Candidates | None:
+    """The pairs to score: what --candidates proposes, a model with towers or its scores; without it the model's own embedding."""
+    if options.k is None:
+        if options.first_stage_weight:
+            raise SystemExit("--first-stage-weight is for two stages: give --k too")
+        if options.candidates is not None:
+            raise SystemExit("--candidates names what proposes pairs, and --k how many: give --k too")
         return None
     for option in ("save_scores", "ensemble", "five_fold"):
         if getattr(options, option):
-            raise SystemExit(f"--{option.replace('_', '-')} needs the scores of all pairs: leave out --candidates")
+            raise SystemExit(f"--{option.replace('_', '-')} needs the scores of all pairs: leave out --k")
     if len(options.k) > 2:
         raise SystemExit(f"--k {' '.join(map(str, options.k))}: give one number for both directions, or two")
-    source = Path(options.candidates)
+    images, captions = options.k[0], options.k[-1]
+    if options.candidates is None:
+        if not embeds_each_side(model):
+            raise SystemExit(
+                f"--k {images}: {options.model} embeds no side alone and proposes no pairs: name with --candidates what does"
+            )
+        return propose(model, processor, pairs, images, captions, weight=options.first_stage_weight, **shared)
+    name, source = shortened(options.candidates), Path(options.candidates)
     if source.suffix in (".safetensors", ".npy"):
         scores = saved_scores(source, fingerprint_of(pairs.captions, pairs.text_ids))
         scores = scores[:] if isinstance(scores, SavedScores) else torch.from_numpy(scores).float()
-    else:
-        model = AutoModel.from_pretrained(options.candidates).to(shared["device"])
-        first = evaluate_retrieval(model, AutoProcessor.from_pretrained(options.candidates), pairs, **shared)
-        scores = first.scores()
-        options.accelerator.print(f"the candidates of {options.candidates} alone\n{first.table()}\n")
-    return Candidates(scores, options.k[0], options.k[-1], shortened(options.candidates))
+        return Candidates(scores, images, captions, name, options.first_stage_weight)
+    first = AutoModel.from_pretrained(options.candidates).to(shared["device"])
+    shared = {key: value for key, value in shared.items() if key != "prompt"} | {"weight": options.first_stage_weight}
+    return propose(first, AutoProcessor.from_pretrained(options.candidates), pairs, images, captions, name, **shared)
 
 
 def saved_scores(path: Path, fingerprint: str):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from hf_vlp.data.collate import Collator, PairCollator
-from hf_vlp.data.fusion_collate import FusionPretrainingCollator
+from hf_vlp.data.fusion_collate import FusionPretrainingCollator, TextAssignmentCollator
 from hf_vlp.data.pairs import ImageTextPairs, caption_with_keywords, draw_caption, first_caption
 from hf_vlp.data.samplers import UniqueImageBatchSampler
 from hf_vlp.inputs.caption_augmentation import CaptionAugmentation
@@ -64,8 +64,13 @@ def build_sampler(recipe: Recipe, images) -> UniqueImageBatchSampler:
 
 
 def reads_both_together(recipe: Recipe, config) -> bool:
-    """Whether a recipe pre-trains on masked words or false images, or a model that fuses, which towers apart have no use for."""
-    return recipe.data.masking is not None or recipe.data.false_images or finds_false_pairs(config)
+    """Whether a recipe pre-trains on masked words, false images or two images, or a model that fuses: no use for towers apart."""
+    return (
+        recipe.task is not None
+        or recipe.data.masking is not None
+        or recipe.data.false_images
+        or finds_false_pairs(config)
+    )
 
 
 def finds_false_pairs(config) -> bool:
@@ -78,29 +83,32 @@ def pair_collator(recipe: Recipe, processor, model, transform: TrainingTransform
     shares, augment = recipe.data.size_augmentation, None if transform is None else transform.augment
     if shares.regions:
         augment = RegionDropping(shares.regions)
-    cells = None
+    cells, longest = None, recipe.data.max_tokens
     if shares.grid:
         if not hasattr(model, "count_cells") or transform is None:
             raise RecipeError("data.size_augmentation.grid: this model pools no grid of cells; set it to 0")
         cells = GridDropping(model.count_cells(transform.augment.size, transform.augment.size), shares.grid)
     try:
-        texts = CaptionAugmentation(processor.tokenizer, shares.captions) if shares.captions else None
+        texts = CaptionAugmentation(processor.tokenizer, shares.captions, longest) if shares.captions else None
     except ValueError as error:
         raise RecipeError(f"data.size_augmentation.captions = {shares.captions}: {error}") from error
-    return PairCollator(processor, augment, seed=recipe.training.seed, augment_text=texts, draw_cells=cells)
+    return PairCollator(processor, augment, recipe.training.seed, longest, augment_text=texts, draw_cells=cells)
 
 
 def fusion_collator(
     recipe: Recipe, processor, config, pairs: ImageTextPairs, augment: Callable | None = None, limit: bool = True
 ) -> Collator:
-    """Masked words, false images and, where the model's configuration asks for them, fewer and masked patches.
+    """Masked words, false images and, where the model's configuration asks for them, fewer and masked patches; or texts to be assigned.
 
     Args:
-        limit: keep as many patches as the configuration says in training; else all.
+        limit: keep as many patches as the configuration and as many tokens as the recipe says in training; else all.
 
     Raises:
         RecipeError: a tokenizer without a mask token, or whose words cannot be told; false images for a model that finds its own.
     """
+    longest = recipe.data.max_tokens if limit else None
+    if recipe.task == "text_assignment":
+        return TextAssignmentCollator(processor, augment, recipe.training.seed, longest)
     finds = finds_false_pairs(config)
     if finds and recipe.data.false_images:
         raise RecipeError("data.false_images = True: this model finds false images in its batch; leave it out")
@@ -119,7 +127,8 @@ def fusion_collator(
         pairs if recipe.data.false_images else None,
         mask,
         augment,
-        seed=recipe.training.seed,
+        recipe.training.seed,
+        longest,
         patch_size=getattr(image, "patch_size", None),
         max_image_length=getattr(config, "max_image_length", None) if limit else None,
         mask_patches=masking.patches if masking is not None and getattr(config, "mpp_weight", 0) else 0.0,

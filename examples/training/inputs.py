@@ -23,6 +23,7 @@ from hf_vlp.training.building import image_config, image_size, text_config
 from hf_vlp.training.recipe import DataRecipe, Recipe, RecipeError
 
 SPLITS = ("train", "validation", "test")
+CLEANING = ("text_cleaning", "max_words")  # what a recipe says of it
 TEXTS = TEXT_FIELDS + TEXT_LIST_FIELDS
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -120,7 +121,7 @@ def build_processor(recipe: Recipe, config, records, columns: Sequence[str] = ("
     """
     chosen, pixels = recipe.processor, image_config(config) is not None
     saved = chosen.from_pretrained or recipe.model.from_pretrained
-    cleaning = {} if chosen.text_cleaning is None else {"text_cleaning": chosen.text_cleaning}
+    cleaning = {name: value for name in CLEANING if (value := getattr(chosen, name)) is not None}
     row = TABLE[config.model_type]
     if recipe.data.regions is None and not pixels:
         raise RecipeError(
@@ -130,9 +131,9 @@ def build_processor(recipe: Recipe, config, records, columns: Sequence[str] = ("
         raise RecipeError(
             f"data.regions = {recipe.data.regions!r}: this model sees pixels (its vision_config is set); leave it out"
         )
-    if cleaning and "text_cleaning" not in inspect.signature(resolve(row.processor)).parameters:
+    for key in cleaning.keys() - inspect.signature(resolve(row.processor)).parameters.keys():
         raise RecipeError(
-            f"processor.text_cleaning = {chosen.text_cleaning!r}: the processor of {config.model_type} cleans no text; leave it out"
+            f"processor.{key} = {cleaning[key]!r}: the processor of {config.model_type} has no such setting; leave it out"
         )
     name = row.image_processors["torchvision"] if pixels else row.feature_extractor
     if pixels:
@@ -149,7 +150,11 @@ def build_processor(recipe: Recipe, config, records, columns: Sequence[str] = ("
         if chosen.max_length is not None:
             processor.tokenizer.model_max_length = chosen.max_length
         if cleaning:
-            processor = type(processor)(processor.image_processor, processor.tokenizer, **cleaning)
+            cleaning = {name: getattr(processor, name) for name in CLEANING if hasattr(processor, name)} | cleaning
+            try:
+                processor = type(processor)(processor.image_processor, processor.tokenizer, **cleaning)
+            except ValueError as error:
+                raise RecipeError(f"processor.{error}") from error
         return processor
     options |= {} if pixels else {"feature_size": config.region_size}
     tokenizer = build_tokenizer(recipe, records, columns)

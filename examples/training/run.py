@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
+from torch import nn
 
 from hf_vlp.auto import OWN_AUTO_CLASSES
 from hf_vlp.export.hub import write_card
 from hf_vlp.files import files_into, write_text
+from hf_vlp.momentum.queue import FeatureQueue
 from hf_vlp.training.building import chosen_precision
 from hf_vlp.training.loop import dry_run, train
 from hf_vlp.training.optim import optimizer_of, schedule
@@ -82,6 +84,12 @@ def threads_per_process() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def leave_queues_alone(accelerator: Accelerator, model: nn.Module) -> None:
+    """Of a model with a queue of features, which every process writes alike, no buffer is sent to the other processes in each forward."""
+    if any(isinstance(part, FeatureQueue) for part in model.modules()):
+        accelerator.ddp_handler.broadcast_buffers = False
+
+
 def open_stream(run: Run, dataset, sampler, collate) -> BatchStream:
     """The batches of a run; what was skipped is told at the end of each epoch."""
     accelerator, training = run.accelerator, run.recipe.training
@@ -132,6 +140,7 @@ def train_and_save(
         model.gradient_checkpointing_enable()
     if training.compile:
         model.compile()
+    leave_queues_alone(accelerator, model)
     optimizer = optimizer_of(model, recipe.optimizer, training.batch_size * training.accumulation)
     epoch_steps = len(stream.sampler) / training.accumulation
     scheduler = schedule(optimizer, total_steps=steps, **recipe.schedule.numbers(steps, epoch_steps))

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,27 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 import hf_vlp.auto
+from hf_vlp.data.annotation_lists import read_answer_list
 from hf_vlp.data.answers import answer_vocabulary, majority_answers
 from hf_vlp.data.collate import Collator
 from hf_vlp.data.fusion_collate import FusionPretrainingCollator, FusionRetrievalCollator
 from hf_vlp.data.pairs import ImageTextPairs
+from hf_vlp.data.phrases import Phrases
 from hf_vlp.data.prepared import PreparedRecords
-from hf_vlp.data.tasks import ENTAILMENT, Hypotheses, Questions, Statements, TaskCollator
+from hf_vlp.data.tasks import (
+    ENTAILMENT,
+    Hypotheses,
+    Questions,
+    Statements,
+    TaskCollator,
+    WrittenAnswerCollator,
+    WrittenAnswers,
+)
 from hf_vlp.evaluation.encoding import without_pictures
 from hf_vlp.evaluation.fusion_retrieval import evaluate_fusion_retrieval
+from hf_vlp.evaluation.grounding import evaluate_grounding
 from hf_vlp.evaluation.tasks import evaluate_entailment, evaluate_nlvr2, evaluate_vqa
+from hf_vlp.explain.attention_maps import pair_maps
 from hf_vlp.training.recipe import AnswersRecipe, Recipe, RecipeError
 from hf_vlp.training.results import HeldOut, HeldOutRetrieval, HeldOutTask
 from training.batches import finds_false_pairs
@@ -39,7 +51,7 @@ class Task:
     needs besides.
     labels: (recipe, records by split, configuration) -> class -> number, or None where the head has none.
     dataset: (records, prepare, labels, options of `PreparedRecords`) -> items. collator: (recipe, processor, configuration, data set,
-    augment) -> what makes batches. held_out: of the arguments of `HeldOut`.
+    augment) -> what makes batches. held_out: of the arguments of `HeldOut`. needs: a method without which a model cannot do the task.
     """
 
     auto_class: str
@@ -50,6 +62,7 @@ class Task:
     dataset: Callable[..., PreparedRecords]
     collator: Callable[..., Collator]
     held_out: Callable[..., HeldOut]
+    needs: str | None = None
 
     @property
     def model_class(self) -> Any:
@@ -97,24 +110,34 @@ def answers_in(file: str) -> dict[str, int]:
     """The answers of a JSON list, or of the configuration of a model's folder.
 
     Raises:
-        RecipeError: it holds none.
+        RecipeError: it holds none, or an answer twice.
     """
     path = Path(located(file))
     try:
         if path.is_dir():
             return AutoConfig.from_pretrained(path).label2id
-        answers = json.loads(path.read_text(encoding="utf-8"))
+        return {answer: number for number, answer in enumerate(read_answer_list(path))}
     except (OSError, ValueError) as error:
         raise RecipeError(f"data.answers.file = {file!r}: {error}") from error
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise RecipeError(f"data.answers.file = {file!r}: expected a JSON list of texts, or a model's folder")
-    return {answer: number for number, answer in enumerate(dict.fromkeys(answers))}
 
 
 def name_classes(config: PreTrainedConfig, labels: dict[str, int]) -> None:
     """Give a configuration the classes of a head."""
     config.id2label = {number: label for label, number in labels.items()}
     config.label2id = dict(labels)
+
+
+def list_answers(model, processor, labels: dict[str, int]) -> None:
+    """Give a model that writes answers those to choose from, in the order of their numbers.
+
+    Raises:
+        RecipeError: an answer longer than the model's list has room for.
+    """
+    answers = sorted(labels, key=labels.get)
+    try:
+        model.set_answers(**processor.encode_answers(answers))
+    except ValueError as error:
+        raise RecipeError(f"data.answers: {error}") from error
 
 
 def fingerprint_of(labels: Labels) -> str:
@@ -136,15 +159,27 @@ def retrieval_collator(recipe: Recipe, processor, config, pairs: ImageTextPairs,
             raise RecipeError(
                 f"data.false_texts = {recipe.data.false_texts}: this model finds false texts in its batch; leave it out"
             )
-        return FusionPretrainingCollator(processor, None, None, augment, recipe.training.seed, negative_draws=True)
+        return FusionPretrainingCollator(
+            processor, None, None, augment, recipe.training.seed, recipe.data.max_tokens, negative_draws=True
+        )
     return FusionRetrievalCollator(
-        processor, pairs, augment, recipe.training.seed, false_texts=recipe.data.false_texts or FALSE_TEXTS
+        processor,
+        pairs,
+        augment,
+        recipe.training.seed,
+        recipe.data.max_tokens,
+        false_texts=recipe.data.false_texts or FALSE_TEXTS,
     )
 
 
 def task_collator(recipe: Recipe, processor, config, dataset: PreparedRecords, augment) -> Collator:
     """Each record with its label."""
-    return TaskCollator(processor, augment, recipe.training.seed)
+    return TaskCollator(processor, augment, recipe.training.seed, recipe.data.max_tokens)
+
+
+def written_collator(recipe: Recipe, processor, config, dataset: PreparedRecords, augment) -> Collator:
+    """Each question with all its answers."""
+    return WrittenAnswerCollator(processor, augment, recipe.training.seed, recipe.data.max_tokens)
 
 
 TASKS = {
@@ -189,3 +224,33 @@ TASKS = {
         held_out=functools.partial(HeldOutRetrieval, rank=evaluate_fusion_retrieval),
     ),
 }
+# weakly supervised: trained as retrieval, the boxes are for held-out phrases alone
+TASKS["grounding"] = replace(
+    TASKS["retrieval"],
+    text="phrase",
+    dataset=lambda records, prepare, labels, **options: Phrases(records, prepare, **options),
+    held_out=functools.partial(
+        HeldOutTask, task="grounding", answer=functools.partial(evaluate_grounding, maps=pair_maps)
+    ),
+    needs="cross_attention",
+)
+WRITTEN_ANSWERS = replace(
+    TASKS["vqa"],
+    dataset=lambda records, prepare, labels, **options: WrittenAnswers(records, prepare, **options),
+    collator=written_collator,
+)
+
+
+def task_of(name: str, config: PreTrainedConfig) -> Task:
+    """The task as a model does it: one that writes its answers, and is given a list to choose from, learns them as texts.
+
+    Raises:
+        RecipeError: a model that cannot do the task.
+    """
+    task = TASKS[name]
+    model = task.model_class._model_mapping.get(type(config), None)
+    if task.needs is not None and not hasattr(model, task.needs):
+        raise RecipeError(
+            f"task = {name}: a {config.model_type} model has no {task.needs}, by which it is evaluated; start from one that has"
+        )
+    return WRITTEN_ANSWERS if hasattr(model, "set_answers") else task

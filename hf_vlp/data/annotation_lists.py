@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ONLY_ANSWER = 0.5  # weight of an answer that one person gave, as in Visual Genome
+LOOKED_AT = 100  # first pictures of captions, of which one is to be there: lists from the web lack some
 REPAIR = "Repair the file."
 TEXTS = "a list of texts"
 KINDS = {str: "a text", list: "a list", int: "a whole number", dict: "an object"}
@@ -39,7 +40,8 @@ def read_caption_lists(
 ) -> "Dataset":
     """Read captions as records, one an entry in the order of the files: `image`, `captions`, `image_id`.
 
-    `image_id` is the entry's own, else its image's path, so that several entries may show one image.
+    `image_id` is the entry's own, else its image's path, so that several entries may show one image. An entry without image or caption
+    is a record without them, which `on_bad_record="skip"` leaves out and counts.
 
     Args:
         paths: a file, or several whose entries follow one another.
@@ -48,22 +50,40 @@ def read_caption_lists(
         pictures: False leaves the column `image` out.
 
     Raises:
-        FileNotFoundError: no such file, or the first picture of a file is not there (with `pictures`).
-        RecordError: a file that holds no list of such entries, by the position in its file.
+        FileNotFoundError: no such file, or none of a file's first pictures is there (with `pictures`).
+        RecordError: a file that holds no list of objects, none of them with such a field, or a caption that is neither text nor list, by
+            the position in its file.
     """
     rows = []
     for path in _several(paths):
-        entries = _entries(path, {"image": (str,), text: (str, list)})
+        entries = _entries(path, {})
+        for field in ("image", text):
+            if not any(entry.get(field) for entry in entries):
+                raise RecordError(None, field, f"no entry of {path} has such a field", REPAIR)
         for position, entry in enumerate(entries):
-            captions = [entry[text]] if isinstance(entry[text], str) else _texts(entry[text], text, position, path)
-            image_id = str(entry.get("image_id", entry["image"]))
-            rows.append({"image": _joined(image_root, entry["image"]), "captions": captions, "image_id": image_id})
-        _first_is_there([rows[-len(entries)]["image"]], pictures)
+            image, captions = entry.get("image"), _captions(entry.get(text), text, position, path)
+            image_id = entry.get("image_id", image)
+            image = _joined(image_root, image) if isinstance(image, str) else None
+            image_id = None if image_id is None else str(image_id)
+            rows.append({"image": image, "captions": captions, "image_id": image_id})
+        _one_is_there([row["image"] for row in rows[-len(entries) :][:LOOKED_AT]], pictures)
     return _dataset(rows, "image", pictures, captions=["string"], image_id="string")
 
 
+def is_caption_list(path: PathLike) -> bool:
+    """Whether a .json file begins a list with the caption or captions of a picture, and no other fields."""
+    entry = _first_entry(path)
+    known = {"image", "caption"} <= entry.keys() <= {"image", "caption", "image_id"}
+    return known and "://" not in str(entry["image"])
+
+
+def is_question_list(path: PathLike) -> bool:
+    """Whether a .json file begins a list with a question about an image of some data set."""
+    return {"dataset", "image", "question", "question_id"} <= _first_entry(path).keys()
+
+
 def read_question_lists(
-    paths: PathLike | Sequence[PathLike], image_roots: Mapping[str, PathLike], *, pictures: bool = True
+    paths: PathLike | Sequence[PathLike], image_roots: PathLike | Mapping[str, PathLike], *, pictures: bool = True
 ) -> "Dataset":
     """Read questions as records, one an entry in the order of the files: `image`, `image_id`, `question`, `question_id`, `answers`.
 
@@ -72,7 +92,8 @@ def read_question_lists(
 
     Args:
         paths: a file, or several whose entries follow one another.
-        image_roots: folder before the images' paths of each `dataset`, e.g. {"vqa": ..., "vg": ...}.
+        image_roots: folder before the images' paths of each `dataset`, e.g. {"vqa": ..., "vg": ...}; or one folder, in which the images
+            of a `dataset` are in the folder of its name where there is one.
         pictures: False leaves the column `image` out, and needs no folder.
 
     Raises:
@@ -83,12 +104,13 @@ def read_question_lists(
     fields = {"dataset": (str,), "image": (str,), "question": (str,), "question_id": (int,)}
     for path in _several(paths):
         entries = _entries(path, fields)
+        roots = _folders(image_roots, {entry["dataset"] for entry in entries})
         for position, entry in enumerate(entries):
-            if pictures and entry["dataset"] not in image_roots:
-                known = ", ".join(image_roots) or "none"
+            if pictures and entry["dataset"] not in roots:
+                known = ", ".join(roots) or "none"
                 reason = f"no folder for the pictures of {entry['dataset']!r} of {path}"
                 raise RecordError(position, "dataset", reason, f"image_roots has: {known}.")
-            image = _joined(image_roots.get(entry["dataset"]), entry["image"])
+            image = _joined(roots.get(entry["dataset"]), entry["image"])
             row = {name: entry[name] for name in ("question", "question_id")}
             rows.append(row | {"image": image, "image_id": entry["image"], "answers": _weighted(entry, position, path)})
         _first_is_there([rows[-len(entries)]["image"]], pictures)
@@ -111,6 +133,17 @@ def read_answer_list(path: PathLike) -> list[str]:
             raise RecordError(position, "answer", f"{answer!r} stood at {seen[answer]} already in {path}", REPAIR)
         seen[answer] = position
     return answers
+
+
+def is_reasoning_list(path: PathLike) -> bool:
+    """Whether a .json file begins a list with a statement about pictures."""
+    return {"images", "sentence", "label"} <= _first_entry(path).keys()
+
+
+def is_entailment_list(path: PathLike) -> bool:
+    """Whether a .json file begins a list with a hypothesis about a picture that is named without its `.jpg`."""
+    entry = _first_entry(path)
+    return {"sentence", "label"} <= entry.keys() and isinstance(image := entry.get("image"), str) and "." not in image
 
 
 def read_reasoning_list(path: PathLike, image_root: PathLike, *, pictures: bool = True) -> "Dataset":
@@ -166,7 +199,7 @@ def read_phrase_list(
 ) -> "Dataset":
     """Read phrases to be found in a picture as records: `image`, `image_id`, `phrase`, `ref_id`, and where they are given boxes.
 
-    Boxes are [x, y, w, h] in pixels: `boxes` holds the one that the phrase means, beside it stands its `split`; `proposals` those that a
+    Boxes are [x, y, w, h] in pixels: `box` is the one that the phrase means, beside it stands its `split`; `proposals` are those that a
     detector found.
 
     Args:
@@ -180,7 +213,7 @@ def read_phrase_list(
     """
     if proposals is not None and references is None:
         raise ValueError("proposals are found by the image of a reference: give references too.")
-    rows, boxes = [], [["float64"]]
+    rows, box = [], ["float64"]
     for position, entry in enumerate(_entries(path, {"image": (str,), "text": (str,), "ref_id": (int,)})):
         row = {"image": _joined(image_root, entry["image"]), "image_id": entry["image"], "phrase": entry["text"]}
         row["ref_id"] = entry["ref_id"]
@@ -188,7 +221,7 @@ def read_phrase_list(
             if entry["ref_id"] not in references:
                 raise RecordError(position, "ref_id", f"no reference {entry['ref_id']}", "Give lists of one data set.")
             reference = references[entry["ref_id"]]
-            row |= {"boxes": [reference["box"]], "split": reference["split"]}
+            row |= {"box": reference["box"], "split": reference["split"]}
             if proposals is not None:
                 if not proposals.get(reference["image_id"]):
                     reason = f"no proposals for the image {reference['image_id']}"
@@ -197,8 +230,8 @@ def read_phrase_list(
         rows.append(row)
     _first_is_there([rows[0]["image"]], pictures)
     given = {"image_id": "string", "phrase": "string", "ref_id": "int64"}
-    given |= {} if references is None else {"boxes": boxes, "split": "string"}
-    return _dataset(rows, "image", pictures, **given | ({} if proposals is None else {"proposals": boxes}))
+    given |= {} if references is None else {"box": box, "split": "string"}
+    return _dataset(rows, "image", pictures, **given | ({} if proposals is None else {"proposals": [box]}))
 
 
 def read_references(references: PathLike, instances: PathLike) -> dict[int, dict[str, Any]]:
@@ -262,6 +295,19 @@ def _content(path: PathLike) -> Any:
         raise RecordError(None, "list", f"{path} is not JSON ({error})", REPAIR) from None
 
 
+def _first_entry(path: PathLike) -> dict[str, Any]:
+    """The first object of a list in a .json file, empty of any other file; only its beginning is read."""
+    if Path(path).suffix.lower() != ".json":
+        return {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        start = file.read(65536).lstrip()
+    try:
+        entry, _ = json.JSONDecoder().raw_decode(start[1:].lstrip())
+    except ValueError:
+        return {}
+    return entry if start.startswith("[") and isinstance(entry, dict) else {}
+
+
 def _entries(path: PathLike, fields: Mapping[str, tuple[type, ...]]) -> list[dict[str, Any]]:
     return _checked(_content(path), path, fields)
 
@@ -269,12 +315,12 @@ def _entries(path: PathLike, fields: Mapping[str, tuple[type, ...]]) -> list[dic
 def _checked(content: Any, path: PathLike, fields: Mapping[str, tuple[type, ...]]) -> list[dict[str, Any]]:
     """The entries of a list, each with these fields of these kinds."""
     if not isinstance(content, list) or not content:
-        raise RecordError(
-            None, next(iter(fields)), f"{path} holds no list of entries", "Give a list with one at least."
-        )
+        raise RecordError(None, "list", f"{path} holds no list of entries", "Give a list with one at least.")
     for position, entry in enumerate(content):
+        if not isinstance(entry, dict):
+            raise RecordError(position, "list", f"{entry!r:.80} in {path} is not {KINDS[dict]}", REPAIR)
         for field, kinds in fields.items():
-            if not isinstance(entry, dict) or entry.get(field) is None:
+            if entry.get(field) is None:
                 raise RecordError(position, field, f"the entry of {path} has no such field", REPAIR)
             if not isinstance(entry[field], kinds) or isinstance(entry[field], bool):
                 wanted = " or ".join(KINDS[kind] for kind in kinds)
@@ -286,6 +332,15 @@ def _texts(value: Any, field: str, position: int | None, path: PathLike) -> list
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
         raise RecordError(position, field, f"{value!r:.80} in {path} is not {TEXTS}, one at least", REPAIR)
     return value
+
+
+def _captions(value: Any, field: str, position: int, path: PathLike) -> list[str | None]:
+    """The captions of an entry, perhaps none or empty ones."""
+    captions = value if isinstance(value, list) else [] if value is None else [value]
+    for caption in captions:
+        if not isinstance(caption, str | None):
+            raise RecordError(position, field, f"{value!r:.80} in {path} is not a text or {TEXTS}", REPAIR)
+    return captions
 
 
 def _weighted(entry: Mapping[str, Any], position: int, path: PathLike) -> list[dict[str, str | float]]:
@@ -312,13 +367,29 @@ def _box(value: Any, position: int, path: PathLike) -> list[float]:
     return [float(one) for one in value]
 
 
+def _folders(roots: PathLike | Mapping[str, PathLike], names: set[str]) -> Mapping[str, PathLike]:
+    if isinstance(roots, Mapping):
+        return roots
+    return {name: Path(roots) / name if (Path(roots) / name).is_dir() else roots for name in names}
+
+
 def _joined(root: PathLike | None, image: str) -> str:
     return image if root is None else str(Path(root) / image)
 
 
 def _first_is_there(images: Sequence[str], pictures: bool) -> None:
+    """All of the first entry's pictures."""
     if pictures and (missing := [image for image in images if not Path(image).is_file()]):
-        raise FileNotFoundError(f"no picture {missing[0]}. The image folder must hold the paths that the list names.")
+        raise _no_picture(missing[0])
+
+
+def _one_is_there(images: Sequence[str | None], pictures: bool) -> None:
+    if pictures and not any(Path(image).is_file() for image in images if image):
+        raise _no_picture(images[0])
+
+
+def _no_picture(image: str | None) -> FileNotFoundError:
+    return FileNotFoundError(f"no picture {image}. The image folder must hold the paths that the list names.")
 
 
 def _dataset(rows: list[dict[str, Any]], image: str, pictures: bool, **columns: Any) -> "Dataset":

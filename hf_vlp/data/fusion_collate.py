@@ -1,4 +1,4 @@
-"""Batches of models that read words and image together: masked words, false images for matching, false texts for retrieval.
+"""Batches of models that read words and image together: masked words, false images or texts, texts to be assigned to images.
 
 ViLT (https://arxiv.org/abs/2102.03334), sections 3.2, 3.3 and 4.2, as its released code draws them, with one difference: an image is never
 its own false image, nor its text its own false text, unless asked for. False ones come out of the whole data set, so that a batch may be
@@ -157,6 +157,29 @@ class FusionPretrainingCollator(Collator):
             for name, chance in (("mpp_mask", self.mask_patches), ("mpp_replace", HIDDEN)):
                 drawn[name] = (torch.rand(count, patches, generator=generator) < chance).long()
         return drawn
+
+
+class TextAssignmentCollator(Collator):
+    """Items of `ImageTextPairs` to a batch for assigning each text to one of two images ("Align before Fuse", section 4.2).
+
+    Args:
+        processor, augment, seed, max_length: as of `Collator`.
+    """
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch of these items.
+
+        Returns:
+            `input_ids` and `attention_mask` int64 [B, L]; `pixel_values` float [B, 3, H, W], image i of text i, and what else the
+            processor or `augment` makes; `assignment_draws` float32 [B, 4] in [0, 1), by which the model draws two images for each text.
+
+        Raises:
+            ValueError: no items, pictures of several sizes with an `augment` that needs one.
+        """
+        kind, generator = self._kind(items), self._generator(items)
+        batch = self._images([item[kind] for item in items], kind, generator)
+        batch |= self._texts([item["text"] for item in items])
+        return batch | {"assignment_draws": torch.rand(len(items), 4, generator=generator)}
 
 
 class FusionRetrievalCollator(Collator):

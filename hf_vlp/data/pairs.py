@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from hf_vlp.data.prepared import PreparedRecords
-from hf_vlp.data.readers import missing_column
-from hf_vlp.data.record import check_record
+from hf_vlp.data.record import check_record, missing_column
 
 Compose = Callable[[Mapping[str, Any], np.random.Generator], str]
 

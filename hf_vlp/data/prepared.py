@@ -13,8 +13,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_vlp.data.readers import missing_column
-from hf_vlp.data.record import BAD_ROW, IMAGE_FIELDS, RecordError, check_record, decode_image, identity
+from hf_vlp.data.record import (
+    BAD_ROW,
+    IMAGE_FIELDS,
+    RecordError,
+    check_record,
+    decode_image,
+    identity,
+    missing_column,
+)
 
 
 class PreparedRecords(torch.utils.data.Dataset):

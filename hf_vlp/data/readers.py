@@ -4,7 +4,6 @@ Whatever the source, the result has the columns `image` (decoded when a row is r
 `image_id`, beside all columns of the source that were not renamed.
 """
 
-import difflib
 import glob
 import json
 import os
@@ -12,11 +11,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_vlp.data.annotation_lists import (
+    is_caption_list,
+    is_entailment_list,
+    is_question_list,
+    is_reasoning_list,
+    read_caption_lists,
+    read_entailment_list,
+    read_question_lists,
+    read_reasoning_list,
+)
 from hf_vlp.data.arrow_tables import ArrowRecords, read_arrow_tables, tables_of
 from hf_vlp.data.karpathy import is_karpathy, read_karpathy
 from hf_vlp.data.nlvr2 import is_nlvr2, read_nlvr2
 from hf_vlp.data.precomputed import PrecomputedSplit
-from hf_vlp.data.record import RecordError, decode_image
+from hf_vlp.data.record import RecordError, decode_image, missing_column
 from hf_vlp.data.vqav2 import is_vqav2, read_vqav2
 
 if TYPE_CHECKING:
@@ -32,6 +41,13 @@ BUILDERS = {
 }
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+# lists of annotations of one split each, told by names that a list of one's own may have as well
+LISTS = (
+    (is_question_list, read_question_lists),
+    (is_reasoning_list, read_reasoning_list),
+    (is_entailment_list, read_entailment_list),
+)
 
 # Where the caller maps nothing, the first of these that the source has.
 USUAL_NAMES = {
@@ -58,8 +74,9 @@ def read_records(
             files; or what `Dataset.save_to_disk` wrote), or the id of a data set on the Hub. A .json file with
             Karpathy's splits of COCO or Flickr30k is read by `read_karpathy`, pictures from `image_root`; a folder with the
             `<split>_caps.txt` and `<split>_ims.npy` of SCAN and VSE-infinity by `PrecomputedSplit`, which gives `regions`, not `image`;
-            VQA v2's files of questions, or their folder, by `read_vqav2`; NLVR2's .json files by `read_nlvr2`, both with pictures from
-            `image_root`; .arrow files, or a folder of them, by `read_arrow_tables`.
+            VQA v2's files of questions, or their folder, by `read_vqav2`; NLVR2's .json files by `read_nlvr2`; JSON lists of questions,
+            statements, hypotheses and captions, where no `columns` are mapped, by the readers of `hf_vlp.data.annotation_lists`;
+            all these with pictures from `image_root`; .arrow files, or a folder of them, by `read_arrow_tables`.
         split: split to read; needed only where the source has several. In a folder, a sub-folder of that name counts. Karpathy's
             splits, VQA v2's and tables can be joined, e.g. `train+val`.
         columns: what to find where, e.g. `{"captions": ["caption", "alt"], "image": "file", "image_id": "id"}`; a
@@ -85,15 +102,24 @@ def read_records(
     files = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(file) for file in source]
     if _holds_tables(files):
         return _open_tables(files, split, columns, required, streaming)
+    if len(files) == 1 and glob.has_magic(str(files[0])) and not files[0].exists():
+        files = [Path(name) for name in sorted(glob.glob(str(files[0])))]
     folder = files[0] if files and files[0].is_dir() else files[0].parent if files else Path()
     root = Path(image_root) if image_root is not None else folder
-    dataset = _open_official(files, root, split, {"image", "images"} & set(required) != set())
+    pictures = {"image", "images"} & set(required) != set()
+    dataset = _open_official(files, root, split, pictures, () if columns else LISTS)
+    if dataset is None and not columns and split is None and _are_captions(files):
+        dataset = read_caption_lists(files, root, pictures=pictures)
     if dataset is None:
         dataset, folder = _open(source, split, streaming)
         root = Path(image_root) if image_root is not None else folder
     elif streaming:
         dataset = dataset.to_iterable_dataset()
     return arrange(dataset, columns or {}, root, required)
+
+
+def _are_captions(files: list[Path]) -> bool:
+    return bool(files) and all(file.is_file() and is_caption_list(file) for file in files)
 
 
 def parse_columns(items: Sequence[str]) -> dict[str, list[str]]:
@@ -142,8 +168,8 @@ def _open_tables(
     return records
 
 
-def _open_official(files: list[Path], root: Path, split: str | None, pictures: bool) -> "Dataset | None":
-    """The records of files that a task or a split is published in; None of other files."""
+def _open_official(files: list[Path], root: Path, split: str | None, pictures: bool, lists) -> "Dataset | None":
+    """The records of files that a task or a split is published in, or of one of the `lists`; None of other files."""
     from datasets import concatenate_datasets
 
     if len(files) == 1 and files[0].exists() and is_vqav2(files[0]):
@@ -152,12 +178,14 @@ def _open_official(files: list[Path], root: Path, split: str | None, pictures: b
         return None
     if len(files) == 1 and is_karpathy(files[0]):
         return read_karpathy(files[0], root, split, pictures=pictures)
-    if all(is_nlvr2(file) for file in files):
+    for is_one, read_one in ((is_nlvr2, read_nlvr2), *lists):
+        if not all(is_one(file) for file in files):
+            continue
         if split is not None:
             raise ValueError(
                 f"{files[0]} is one file without splits, split={split!r} was asked for. Give that split's file."
             )
-        return concatenate_datasets([read_nlvr2(file, root, pictures=pictures) for file in files])
+        return concatenate_datasets([read_one(file, root, pictures=pictures) for file in files])
     return None
 
 
@@ -390,15 +418,3 @@ def _is_key(feature) -> bool:
     """Whether a column, or a streamed value of it, is text or whole numbers."""
     kind = str(getattr(feature, "dtype", type(feature).__name__))
     return kind.startswith(("str", "large_string", "int", "uint"))
-
-
-def missing_column(name: str, available: Sequence[str], hint: str = "") -> RecordError:
-    """The error for a column that is not there: names the nearest and all available ones."""
-    near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
-    remedy = f"Did you mean '{near[0]}'? " if near else ""
-    return RecordError(
-        None,
-        name,
-        f"there is no column '{name}'",
-        f"{remedy}Available columns: {', '.join(available)}. {hint}".rstrip(),
-    )

@@ -4,6 +4,7 @@ A record is a mapping with an image (or two, or the key of stored regions), `cap
 task `question`, `answers`, `label`, `statement`, `hypothesis`, `choices`, `phrase`, `boxes`.
 """
 
+import difflib
 import hashlib
 import io
 import os
@@ -42,6 +43,18 @@ class RecordError(ValueError):
 
     def __reduce__(self):  # the error crosses from a loader's worker to the main process
         return type(self), (self.position, self.field, self.reason, self.remedy)
+
+
+def missing_column(name: str, available: Sequence[str], hint: str = "") -> RecordError:
+    """The error for a column that is not there: names the nearest and all available ones."""
+    near = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
+    remedy = f"Did you mean '{near[0]}'? " if near else ""
+    return RecordError(
+        None,
+        name,
+        f"there is no column '{name}'",
+        f"{remedy}Available columns: {', '.join(available)}. {hint}".rstrip(),
+    )
 
 
 def identity(image_id: Any) -> int:

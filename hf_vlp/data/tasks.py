@@ -99,6 +99,52 @@ class Questions(PreparedRecords):
         return super()._nothing_left(of_what)
 
 
+class WrittenAnswers(PreparedRecords):
+    """Items {"image": uint8 [3, h, w], "text": question, "answers": [text, ...], "answer_weights": float32 [n], "image_id", "draw"}.
+
+    For a model that learns to write the answers, whatever it will choose from: all n answers of a question that score, as they stand, with
+    their scores as weights. A question without any teaches nothing: it is left out and counted.
+
+    Args:
+        records: as of `Questions`; in the lists on which such models were trained a score is the share of annotators that gave the answer.
+        options: as of `PreparedRecords`.
+
+    Raises:
+        RecordError: as of `PreparedRecords`; answers that are none, no question left.
+    """
+
+    def __init__(self, records: Any, prepare: Callable[[Any], torch.Tensor] | None = None, **options: Any):
+        self._unanswered = 0
+        super().__init__(records, prepare, **options)
+
+    def check(self, record: Mapping[str, Any], row: int) -> None:
+        """A question, an identity and answers."""
+        check_record(record, row, required=("question", "image_id", "answers"))
+        _check_answers(record["answers"], row)
+
+    def wanted(self, record: Mapping[str, Any]) -> bool:
+        """Whether an answer scores."""
+        answered = any(one["score"] > 0 for one in record["answers"])
+        self._unanswered += not answered
+        return answered
+
+    def content(self, record: Mapping[str, Any], generator: np.random.Generator) -> dict[str, Any]:
+        """The question, and its answers with their weights."""
+        given = [one for one in record["answers"] if one["score"] > 0]
+        weights = torch.tensor([float(one["score"]) for one in given])
+        return {"text": record["question"], "answers": [one["answer"] for one in given], "answer_weights": weights}
+
+    def report(self) -> dict[str, Any]:
+        """As of `PreparedRecords`, and how many of the good rows are questions `unanswered`."""
+        return {**super().report(), "unanswered": self._unanswered}
+
+    def _nothing_left(self, of_what: str) -> RecordError:
+        if self._unanswered and of_what == "records":
+            reason = f"none of {self._unanswered} questions has an answer that scores"
+            return RecordError(None, "answers", reason, "Give records with answers, as those of a test split have not.")
+        return super()._nothing_left(of_what)
+
+
 class Statements(PreparedRecords):
     """Items {"images": [uint8 [3, h, w], uint8 [3, h, w]], "text": statement, "labels": 1 if it is true, else 0, "image_id", "draw"}.
 
@@ -196,6 +242,31 @@ class TaskCollator(Collator):
         batch |= self._texts([item["text"] for item in items])
         if "labels" in items[0]:
             batch["labels"] = torch.stack([torch.as_tensor(item["labels"]) for item in items])
+        return batch
+
+
+class WrittenAnswerCollator(TaskCollator):
+    """Items of `WrittenAnswers` to the arguments of a model that writes.
+
+    Args:
+        processor, augment, seed, max_length: as of `Collator`; the processor has `encode_answers`.
+    """
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch of these items.
+
+        Returns:
+            As of `TaskCollator`; and of all A answers, one question after the other, `answer_ids` and `answer_mask` int64 [A, La],
+            `answer_weights` float32 [A] and `answer_rows` int64 [A], the question of each.
+
+        Raises:
+            ValueError: as of `TaskCollator`; an answer that is too long.
+        """
+        batch = super().__call__(items)
+        batch |= self.processor.encode_answers([answer for item in items for answer in item["answers"]])
+        batch["answer_weights"] = torch.cat([item["answer_weights"] for item in items])
+        counts = torch.tensor([len(item["answers"]) for item in items])
+        batch["answer_rows"] = torch.arange(len(items)).repeat_interleave(counts)
         return batch
 
 

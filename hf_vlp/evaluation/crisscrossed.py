@@ -18,6 +18,7 @@ import torch
 
 from hf_vlp.evaluation.encoding import without_pictures
 from hf_vlp.evaluation.ranks import MISS, best_ranks_of_pairs, recalls
+from hf_vlp.evaluation.report import Report
 from hf_vlp.evaluation.retrieval import RetrievalSet, evaluate_retrieval
 
 TEXT_TO_TEXT_SCORE = 3.0
@@ -27,14 +28,10 @@ Annotations = Mapping[str, Mapping[str, Sequence[tuple[Any, float]]]]
 
 
 @dataclass
-class CrisscrossedReport:
+class CrisscrossedReport(Report):
     """metrics: `image_to_text/R@1`, ... `image_to_image/R@10` in percent; counts: `images`, `captions`, and per direction
     `<direction>/queries` and, among them, `<direction>/without_positive`; protocol: in words, what was scored.
     """
-
-    metrics: dict[str, float]
-    counts: dict[str, int]
-    protocol: str
 
     def table(self) -> str:
         """The metrics as an aligned plain-text table."""
@@ -44,10 +41,6 @@ class CrisscrossedReport:
             values = (self.metrics[f"{direction}/{name}"] for name in names)
             lines.append(f"{direction.replace('_', ' '):<14}" + "".join(f"{value:>13.1f}" for value in values))
         return "\n".join([*lines, self.protocol])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers alone, for JSON."""
-        return {"metrics": dict(self.metrics), "counts": dict(self.counts), "protocol": self.protocol}
 
 
 def crisscrossed_ranks(

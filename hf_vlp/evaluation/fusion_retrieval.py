@@ -1,14 +1,15 @@
 """Retrieval by a model that reads image and text together, and so must score every pair; whole or in two stages.
 
-Whole: all N * M pairs. In two stages a first model that embeds each side alone proposes some images for each caption and
-some captions for each image, and the fusion model puts those in order (Li et al. 2021, ALBEF, section 5).
+Whole: all N * M pairs. In two stages a first model that embeds each side alone, or the same one where it does that too,
+proposes some images for each caption and some captions for each image, and the fusion model puts those in order (Li et al.
+2021, ALBEF, section 5).
 
 The rank of a query in two stages is that of its best positive among the proposed ones, by the fusion model. Where none is
 proposed, it is the rank by the first model: all that is proposed stands before it, and the rest keeps its order.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,16 @@ from hf_vlp.evaluation.pair_scoring import (
     score_wanted,
 )
 from hf_vlp.evaluation.ranks import ranks_from_scores
-from hf_vlp.evaluation.retrieval import RetrievalReport, RetrievalSet, rank_metrics, score_metrics, with_captions
+from hf_vlp.evaluation.retrieval import (
+    RetrievalReport,
+    RetrievalSet,
+    evaluate_retrieval,
+    rank_metrics,
+    score_metrics,
+    with_captions,
+)
+
+FIRST_STAGE = "first_stage/"  # before the names of its metrics
 
 
 @dataclass
@@ -31,7 +41,8 @@ class Candidates:
     """What a first model proposes to be scored.
 
     scores: [N, M], images x captions, higher is better. images: how many it proposes for each caption. captions: how many
-    for each image. source: its name, for the protocol.
+    for each image. source: its name, for the protocol. weight: how much of its score is added to that of the fusion model, whose own
+    score decides in the paper; later work ranks by the sum (`weight` 1 and the cosine of each pair).
 
     Raises:
         ValueError: numbers below 1 or above what is there, or scores of another shape or that are not numbers.
@@ -41,22 +52,58 @@ class Candidates:
     images: int
     captions: int
     source: str = "another model"
+    weight: float = 0.0
     to_image: torch.Tensor = field(init=False, repr=False)  # [N, M] bool, the images of each caption
     to_text: torch.Tensor = field(init=False, repr=False)  # [N, M] bool, the captions of each image
 
     def __post_init__(self):
         if self.scores.ndim != 2 or self.scores.isnan().any():
             raise ValueError(f"candidates need scores [N, M] without NaN; these are {tuple(self.scores.shape)}.")
-        there = dict(zip(("images", "captions"), self.scores.shape))
-        for name, asked in (("images", self.images), ("captions", self.captions)):
-            if not 1 <= asked <= there[name]:
-                other = "caption" if name == "images" else "image"
-                raise ValueError(
-                    f"k = {asked} {name} for each {other}: there are {there[name]} {name} to choose from. Ask for 1 to "
-                    f"{there[name]}."
-                )
+        _require_enough(self.scores.shape, self.images, self.captions)
         self.to_image = best_of_rows(self.scores.T, self.images).T
         self.to_text = best_of_rows(self.scores, self.captions)
+
+
+def embeds_each_side(model: torch.nn.Module) -> bool:
+    """Whether a model embeds images and texts alone, itself or in its base model, and so can `propose`."""
+    owners = (model, getattr(model, "base_model", None))
+    # where features are refused, the verb is there to say so, and none that encodes a text
+    verbs = ("encode_text", "get_image_features", "get_text_features")
+    return all(any(hasattr(owner, verb) for owner in owners) for verb in verbs)
+
+
+def propose(
+    model: torch.nn.Module,
+    processor: Any,
+    records: Any,
+    images: int,
+    captions: int,
+    source: str = "its own embedding",
+    weight: float = 0.0,
+    **options: Any,
+) -> Candidates:
+    """What a model proposes that embeds each side alone: the pairs whose features are nearest.
+
+    Args:
+        model, processor, records: as for `evaluate_retrieval`. images, captions, source, weight: as of `Candidates`.
+        options: of `evaluate_retrieval`.
+
+    Raises:
+        ValueError, TypeError: as `Candidates`, before anything is encoded, and `evaluate_retrieval`.
+    """
+    pairs = records if isinstance(records, RetrievalSet) else RetrievalSet(records)
+    _require_enough((len(pairs), len(pairs.captions)), images, captions)
+    first = evaluate_retrieval(model, processor, pairs, **options).scores()
+    return Candidates(first, images, captions, source, weight)
+
+
+def _require_enough(shape: Sequence[int], images: int, captions: int) -> None:
+    """Raise ValueError unless numbers of images and captions can be chosen from [N, M]."""
+    for name, other, asked, there in zip(("images", "captions"), ("caption", "image"), (images, captions), shape):
+        if not 1 <= asked <= there:
+            raise ValueError(
+                f"k = {asked} {name} for each {other}: there are {there} {name} to choose from. Ask for 1 to {there}."
+            )
 
 
 def best_of_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -67,10 +114,25 @@ def best_of_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 @dataclass
 class FusionRetrievalReport(RetrievalReport):
-    """What `evaluate_fusion_retrieval` found; pair_scores [N, M] float32, -inf where a pair was not scored."""
+    """What `evaluate_fusion_retrieval` found; pair_scores [N, M] float32, -inf where a pair was not scored.
+
+    Of two stages the metrics of the first alone stand beside, as `first_stage/image_to_text/R@1`, ...
+    """
 
     pair_scores: torch.Tensor
     candidates: Candidates | None = None
+
+    def table(self) -> str:
+        """The metrics as an aligned plain-text table; of two stages that of the first before."""
+        if self.candidates is None:
+            return super().table()
+        alone = {
+            name.removeprefix(FIRST_STAGE): value
+            for name, value in self.metrics.items()
+            if name.startswith(FIRST_STAGE)
+        }
+        first = replace(self, metrics=alone, protocol=f"every pair by {self.candidates.source}", candidates=None)
+        return f"the candidates of {self.candidates.source} alone\n{first.table()}\n\n{super().table()}"
 
     def scores(self) -> torch.Tensor:
         """[N, M] float32, of every image with every caption; -inf for pairs that nobody proposed."""
@@ -122,7 +184,7 @@ def evaluate_fusion_retrieval(
         model: has `encode_image` and `score_pairs`, see `score_wanted`. Evaluated in evaluation mode, returned in the mode it
             was in.
         processor, records, device, accelerator, autocast, prompt: as for `evaluate_retrieval`.
-        candidates: the pairs to score; all if not given.
+        candidates: the pairs to score, see `propose`; all if not given.
         batch_size: images encoded at a time. pair_batch_size: pairs scored at a time.
         resume: a .safetensors file. Scores are written to it while they are computed, and those that are there are taken: a
             run that was stopped goes on.
@@ -162,11 +224,15 @@ def evaluate_fusion_retrieval(
             file=file,
             progress=progress,
         )
+    if candidates is not None and candidates.weight:
+        scores = scores + candidates.weight * candidates.scores.to(scores)
     counts = pairs.counts()
     if candidates is None:
         metrics = score_metrics(scores, pairs.image_ids, pairs.text_ids)
     else:
-        metrics = two_stage_metrics(scores, candidates, pairs.image_ids, pairs.text_ids)
+        ids = pairs.image_ids, pairs.text_ids
+        metrics = two_stage_metrics(scores, candidates, *ids)
+        metrics |= {FIRST_STAGE + name: value for name, value in score_metrics(candidates.scores, *ids).items()}
         counts |= {"pairs_scored": int((scores > -torch.inf).sum())}
     protocol = _protocol(pairs, candidates)
     return FusionRetrievalReport(
@@ -221,6 +287,8 @@ def _protocol(pairs: RetrievalSet, candidates: Candidates | None) -> str:
             f"{candidates.images:,} images for each caption and {candidates.captions:,} captions for each image that are "
             f"scored together"
         )
+        if candidates.weight:
+            text += f" and {candidates.weight:g} times its own score added"
     text += ", best positive counts, ties count against it"
     if pairs.captions_per_image is not None:
         text += f", the first {pairs.captions_per_image} captions of each image"

@@ -3,6 +3,9 @@
 Images are dealt to the processes one by one, so that each pair is scored by one of them. A process encodes some images at
 a time, scores all their pairs, those of like length together, and forgets the images. Padding is masked by the model:
 scores do not depend on what shares a batch, up to rounding.
+
+Of a model whose texts attend to an image that does not attend to them, each text too is encoded once and kept, in its real
+length, and what texts attend to of an image is computed once for all that are read with it.
 """
 
 import glob
@@ -12,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +90,8 @@ def score_wanted(
 
     Args:
         model: `encode_image(**inputs)` -> tensors [B, ...] of B images, with `x_mask` [B, n] where their lengths differ;
-            `score_pairs(input_ids=..., attention_mask=..., **rows of those tensors)` -> [B].
+            `score_pairs(input_ids=..., attention_mask=..., **rows of those tensors)` -> [B]. With `encode_text` and
+            `keys_and_values` as well it is asked as `_image_by_image` does.
         prepare: positions of images -> inputs of `encode_image`; runs in a thread beside the model.
         wanted: [N, M] bool, images x texts.
         image_batch_size, pair_batch_size: images encoded and pairs scored at a time, at most.
@@ -113,18 +118,25 @@ def score_wanted(
     saved = time.monotonic()
     try:
         with torch.no_grad(), context, clock.bar:
+            score = partial(_pair_by_pair, model, texts, pair_batch_size, device)
+            if mine and hasattr(model, "keys_and_values") and hasattr(model, "encode_text"):
+                columns = todo[mine].any(dim=0).nonzero()[:, 0]
+                score = partial(
+                    _image_by_image,
+                    model,
+                    EncodedTexts(model, texts, columns, pair_batch_size, device),
+                    pair_batch_size,
+                )
             for group, inputs in zip(groups, ahead(prepare, groups)):
                 encoded = apart(model.encode_image(**_to(device, inputs)))
-                for images, columns in _batches(encoded, texts, todo[group], pair_batch_size):
-                    started = time.monotonic()
-                    used, place = images.unique(return_inverse=True)
-                    rows = together([encoded[image] for image in used.tolist()])
-                    rows = {name: value[place.to(device)] for name, value in rows.items()}
-                    found = model.score_pairs(**_to(device, texts.batch(columns)), **rows).float().cpu()
+                started = time.monotonic()
+                for images, columns, found in score(encoded, todo[group]):
+                    found = found.float().cpu()
                     images = torch.tensor(group)[images]
                     _refuse_not_finite(found, images, columns)
                     scores[images, columns] = found
                     clock.add(time.monotonic() - started, columns, encoded)
+                    started = time.monotonic()
                     if file is not None and time.monotonic() - saved > SAVE_SECONDS:
                         file.write(scores)
                         saved = time.monotonic()
@@ -243,6 +255,69 @@ def run_fingerprint(
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+class EncodedTexts:
+    """Texts as a model encodes them alone, each once and without padding: S words in all, [S, D] on `device`.
+
+    Args:
+        model: `encode_text(input_ids=..., attention_mask=...)` -> `text_embeds` [B, L, D].
+        columns: which of the texts. batch_size: texts encoded at a time, those of like length.
+    """
+
+    def __init__(self, model: Any, texts: TokenizedTexts, columns: torch.Tensor, batch_size: int, device: torch.device):
+        self.lengths, self.device = texts.lengths, device
+        order = columns[texts.lengths[columns].argsort(descending=True, stable=True)]
+        self.starts = torch.zeros_like(texts.lengths)
+        self.starts[order] = texts.lengths[order].cumsum(dim=0) - texts.lengths[order]
+        self.states = torch.empty(0)
+        filled = 0
+        for rows in order.split(batch_size):
+            batch = _to(device, texts.batch(rows))
+            words = model.encode_text(**batch)["text_embeds"][batch["attention_mask"].bool()]
+            if not filled:
+                self.states = words.new_empty(int(texts.lengths[order].sum()), words.shape[1])
+            self.states[filled : filled + len(words)] = words
+            filled += len(words)
+
+    def batch(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`text_embeds` [B, L, D] and `attention_mask` [B, L] of texts `rows` [B]; a text's last word stands at its padding."""
+        lengths = self.lengths[rows][:, None]
+        place = torch.arange(int(lengths.max()))
+        words = self.starts[rows][:, None] + place.minimum(lengths - 1)
+        mask = (place < lengths).long()
+        return {"text_embeds": self.states[words.to(self.device)], "attention_mask": mask.to(self.device)}
+
+
+def _image_by_image(
+    model: Any, texts: EncodedTexts, size: int, encoded: list[dict[str, torch.Tensor]], todo: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Image, text and score [B] of the pairs of `todo` [G, M]: an image at a time with up to `size` of its texts.
+
+    The model gives `keys_and_values(**one encoded image)`, and `score_pairs(text_embeds=..., attention_mask=..., key_values=...)` -> [B].
+    """
+    for image, wanted in enumerate(todo):
+        columns = wanted.nonzero()[:, 0]
+        columns = columns[texts.lengths[columns].argsort(descending=True, stable=True)]
+        key_values = model.keys_and_values(**together([encoded[image]]))
+        for batch in columns.split(size):
+            yield torch.full_like(batch, image), batch, model.score_pairs(**texts.batch(batch), key_values=key_values)
+
+
+def _pair_by_pair(
+    model: Any,
+    texts: TokenizedTexts,
+    size: int,
+    device: torch.device,
+    encoded: list[dict[str, torch.Tensor]],
+    todo: torch.Tensor,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Image, text and score [B] of the pairs of `todo` [G, M], each text beside an image of its own."""
+    for images, columns in _batches(encoded, texts, todo, size):
+        used, place = images.unique(return_inverse=True)
+        rows = together([encoded[image] for image in used.tolist()])
+        rows = {name: value[place.to(device)] for name, value in rows.items()}
+        yield images, columns, model.score_pairs(**_to(device, texts.batch(columns)), **rows)
 
 
 def _batches(

@@ -27,13 +27,14 @@ from hf_vlp.evaluation.encoding import (
     without_pictures,
 )
 from hf_vlp.evaluation.ranks import ranks_both_ways, ranks_from_scores, recalls, rsum, top_targets
+from hf_vlp.evaluation.report import Report
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 UNIT_LENGTH = 0.01  # how far low precision leaves a row from unit length, at most: bfloat16 rounds by 0.004
 
 
 @dataclass
-class RetrievalReport:
+class RetrievalReport(Report):
     """What an evaluation of retrieval found, whatever the scores come from; a subclass gives `scores` and `top`.
 
     metrics: `image_to_text/R@1`, ... `text_to_image/mean_rank`, `rsum`; recalls in percent, ranks from 1.
@@ -43,9 +44,6 @@ class RetrievalReport:
     captions: [M] texts. image_rows: [N] the record that each image was read from.
     """
 
-    metrics: dict[str, float]
-    counts: dict[str, float]
-    protocol: str
     image_ids: torch.Tensor
     text_ids: torch.Tensor
     captions: list[str]
@@ -84,10 +82,6 @@ class RetrievalReport:
                 f"the five-fold 1K protocol needs the 5,000 images of COCO's test, not {len(self.image_ids)}."
             )
         return five_fold_scores(self.scores(), self.image_ids, self.text_ids)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers alone, for JSON."""
-        return {"metrics": dict(self.metrics), "counts": dict(self.counts), "protocol": self.protocol}
 
 
 @dataclass

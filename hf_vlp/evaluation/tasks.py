@@ -14,12 +14,13 @@ import torch
 
 from hf_vlp.evaluation.answers import consistent, hits, means_by_kind, sentence_of, submission
 from hf_vlp.evaluation.encoding import encode, evaluating, image_inputs, text_inputs, without_pictures
+from hf_vlp.evaluation.report import Report
 
 KINDS = ("answer_type", "question_type")  # columns that say what kind of question a record asks
 
 
 @dataclass
-class TaskReport:
+class TaskReport(Report):
     """What an evaluation of a task found.
 
     metrics: in percent; `accuracy`, `majority` (of the best constant answer), `<kind>/accuracy` and `<kind>/majority` of each kind
@@ -28,28 +29,8 @@ class TaskReport:
     logits: [N, K] float32. answers: [N], the one chosen for each record.
     """
 
-    metrics: dict[str, float]
-    counts: dict[str, int]
-    protocol: str
     logits: torch.Tensor
     answers: list[str]
-
-    def table(self) -> str:
-        """The metrics as an aligned plain-text table: a row for each kind of sample."""
-        rows: dict[str, dict[str, float]] = {}
-        for name, value in self.metrics.items():
-            row, _, column = name.rpartition("/")
-            rows.setdefault(row or "all", {})[column] = value
-        columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-        lines = [f"{'':<16}" + "".join(f"{column:>14}" for column in columns)] if columns else []
-        for row, cells in rows.items():
-            values = (f"{cells[column]:>12.1f} %" if column in cells else f"{'':>14}" for column in columns)
-            lines.append(f"{row:<16}{''.join(values)}".rstrip())
-        return "\n".join([*lines, self.protocol])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers alone, for JSON."""
-        return {"metrics": dict(self.metrics), "counts": dict(self.counts), "protocol": self.protocol}
 
 
 def answer_logits(

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 from hf_vlp.evaluation.encoding import encode_images, encode_texts, evaluating
+from hf_vlp.evaluation.report import Report
 
 
 def fill_template(template: str, name: str) -> str:
@@ -125,22 +126,15 @@ def mean_per_class_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float
 
 
 @dataclass
-class ZeroShotReport:
+class ZeroShotReport(Report):
     """metrics: `top1`, `top5`, `mean_per_class` in percent; counts: `images`, `classes`, `templates`; logits [N, K]."""
 
-    metrics: dict[str, float]
-    counts: dict[str, int]
-    protocol: str
     logits: torch.Tensor
 
     def table(self) -> str:
         """The metrics as an aligned plain-text table."""
         lines = [f"{name.replace('_', ' '):<16}{value:>8.1f} %" for name, value in self.metrics.items()]
         return "\n".join([*lines, self.protocol])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers alone, for JSON."""
-        return {"metrics": dict(self.metrics), "counts": dict(self.counts), "protocol": self.protocol}
 
 
 def evaluate_zero_shot(

@@ -95,12 +95,23 @@ def word_maps(
     return maps.unflatten(2, patch_grid(model, pixel_values))
 
 
-def text_maps(maps: torch.Tensor) -> torch.Tensor:
-    """One map of each text, [B, h, w], of `word_maps` [B, L, h, w]: their mean, with special tokens and padding in the count.
+def pair_maps(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    pixel_values: torch.Tensor,
+    *,
+    layer: int | None = None,
+) -> torch.Tensor:
+    """One map of each pair, [B, h, w]: the mean of `word_maps` over its tokens, whatever padding the batch has.
 
-    As in the paper's grounding. Padding has no map, so that counting it scales the result, and changes no order within an image.
+    The paper's grounding counts padding too, which has no map: its maps are smaller by a factor, and order boxes of an image alike.
+
+    Args:
+        layer: see `word_maps`, whose errors are raised.
     """
-    return maps.mean(dim=1)
+    maps = word_maps(model, input_ids, attention_mask, pixel_values, layer=layer)
+    return phrase_maps(maps, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
 
 
 def phrase_maps(maps: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ The four projections are plain linear layers, which adapters and quantisers need
 
 import torch
 from torch import nn
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -33,6 +34,22 @@ def eager_attention(
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(dropped, value).transpose(1, 2).contiguous(), weights
+
+
+def mask_of_keys(
+    config, queries: torch.Tensor, attention_mask: torch.Tensor | None, states: torch.Tensor
+) -> torch.Tensor | None:
+    """The mask by which `queries` [B, Q, D] see `states` [B, L, D] where `attention_mask` [B, L] is 1, for the chosen implementation.
+
+    Flash attention takes a mask of keys for one of as many queries, so for more than one query its mask is [B, 1, 1, L], of which
+    `Attention` makes an "sdpa".
+    """
+    mask = create_bidirectional_mask(
+        config, inputs_embeds=queries, attention_mask=attention_mask, encoder_hidden_states=states
+    )
+    if mask is not None and "flash" in config._attn_implementation and queries.shape[1] > 1:
+        return mask[:, None, None].bool()
+    return mask
 
 
 class Attention(nn.Module):
@@ -105,7 +122,10 @@ class Attention(nn.Module):
         if key_values is None:
             key_values = self.keys_and_values(hidden_states if key_value_states is None else key_value_states)
         key, value = key_values
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        implementation = self.config._attn_implementation
+        if "flash" in implementation and attention_mask is not None and attention_mask.ndim == 4:  # see `mask_of_keys`
+            implementation = "sdpa"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         mixed, weights = attend(
             self,
             query,

@@ -89,6 +89,15 @@ def require_pairs(**sides: torch.Tensor | None) -> None:
         )
 
 
+def require_shape(shape: tuple[int, ...], **tensors: torch.Tensor | None) -> None:
+    """Raise a ValueError unless all that is given has this shape."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{name} must have the shape {list(shape)}, as the rest of the batch, got {list(tensor.shape)}"
+            )
+
+
 def fill_tower(model: PreTrainedModel, name: str, tower: str | PreTrainedModel) -> None:
     """Give the part `name` of a model the weights of a pretrained encoder: a folder, a Hub id or a model.
 

@@ -80,6 +80,17 @@ class MomentumTeacher(nn.Module):
             for own, other in self._pairs(students, named):
                 init.copy_(own, other)
 
+    @torch.no_grad()
+    def become(self, **students: nn.Module) -> None:
+        """Parameters and buffers become the students', those from a checkpoint too: for a model that begins anew.
+
+        Raises:
+            ValueError: see `update`.
+        """
+        for named in (nn.Module.named_parameters, nn.Module.named_buffers):
+            for own, other in self._pairs(students, named):
+                own.copy_(other)
+
     def _pairs(
         self,
         students: dict[str, nn.Module],

@@ -53,7 +53,8 @@ class ProcessorRecipe:
     has positions. `end_mark`: false leaves out the mark behind a text, as ALBEF's word pieces do.
     `image_processor`: further arguments of the image processor (the size comes from the model's config).
     A saved processor has its tokenizer: `tokenizer`, `vocabulary` and what it is made by are an error beside it;
-    `max_length`, `text_cleaning` and `image_processor` override what was saved.
+    `max_length`, `text_cleaning`, `max_words` and `image_processor` override what was saved. `text_cleaning` and `max_words`, after which a
+    cleaned text is cut: what the processor of the model knows.
     """
 
     from_pretrained: str | None = None
@@ -64,11 +65,12 @@ class ProcessorRecipe:
     minimum_count: int | None = None
     end_mark: bool | None = None
     max_length: int | None = None
-    text_cleaning: Literal["clip", "none"] | None = None
+    text_cleaning: Literal["clip", "none", "caption", "question"] | None = None
+    max_words: int | None = None
     image_processor: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        _at_least("processor", self, vocabulary_size=1, minimum_count=1, max_length=3)
+        _at_least("processor", self, vocabulary_size=1, minimum_count=1, max_length=3, max_words=1)
         if self.minimum_count is not None and self.vocabulary != "words":
             raise RecipeError("processor.minimum_count: only a vocabulary of words counts them; set processor.vocabulary to words")
 
@@ -155,7 +157,8 @@ class DataRecipe:
     `augmentation`: `name`, `canvas` and the numbers of a `TrainingTransform` of `hf_vlp.inputs.image_augmentations`; empty
     is CLIP's own random square crop. `regions`: a region store, whose regions stand for the pictures; a record's `regions`, else its
     `image_id`, is its key there. `cache` keeps the decoded uint8 pictures in memory. `first_caption`: always the
-    first of several instead of a drawn one.
+    first of several instead of a drawn one. `max_tokens`: of a text in training, where they are not the `processor.max_length` that is
+    saved and cuts texts ever after.
 
     For models that read words and image together: `masking` hides words, `false_images` shows half of the texts of a batch with the image
     of another record. Fine-tuning for retrieval shows each image with `false_texts` captions of other records beside its own, for
@@ -172,6 +175,7 @@ class DataRecipe:
     image_root: str | None = None
     extra_text: ExtraTextRecipe | None = None
     first_caption: bool = False
+    max_tokens: int | None = None
     augmentation: dict[str, Any] = field(default_factory=dict)
     regions: str | None = None
     size_augmentation: SizeAugmentationRecipe = field(default_factory=SizeAugmentationRecipe)
@@ -183,7 +187,7 @@ class DataRecipe:
     on_bad_record: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self):
-        _at_least("data", self, false_texts=1)
+        _at_least("data", self, false_texts=1, max_tokens=3)
         if self.regions is None and self.size_augmentation.regions:
             raise RecipeError("data.size_augmentation.regions: there are no regions without data.regions, a region store")
         for name in ("augmentation", "cache"):
@@ -296,8 +300,10 @@ class TrainingRecipe:
     `cached_chunk_size`: pairs (a process) per forward of the cached contrastive step; null = the plain step.
     `evaluate_every`, `save_every`: steps; null = only at the start and the end, and only at the end. `best_metric`: the
     validation metric (higher is better) that marks the best checkpoint, null = the one of the task; `final`: which one becomes the saved
-    model. `evaluate_records`: of each held-out split, the first so many; null = all. `rank_records`: of a model that is pre-trained to
-    score pairs, also ranks the images of the first so many among each other; null = none.
+    model. `evaluate_records`: of each held-out split, the first so many; null = all. `evaluate_candidates`: of retrieval, score only
+    the so many images for each caption and captions for each image that the model itself embeds nearest, all where there are fewer;
+    null = every pair. `rank_records`: of a model that is pre-trained to score pairs, also ranks the images of the first so many among
+    each other; null = none.
     """
 
     steps: int | None = None
@@ -317,6 +323,7 @@ class TrainingRecipe:
     log_every: int = 10
     evaluate_every: int | None = None
     evaluate_records: int | None = None
+    evaluate_candidates: int | None = None
     rank_records: int | None = None
     save_every: int | None = None
     keep: int = 2
@@ -328,6 +335,7 @@ class TrainingRecipe:
             raise RecipeError("training: give exactly one of training.steps and training.epochs")
         _at_least("training", self, steps=1, epochs=1, batch_size=2, accumulation=1, cached_chunk_size=1, workers=0, threads=1)
         _at_least("training", self, log_every=1, evaluate_every=1, evaluate_records=1, rank_records=1, save_every=1, keep=1, seed=0)
+        _at_least("training", self, evaluate_candidates=1)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise RecipeError(
                 f"training.clip_norm = {self.clip_norm}: expected more than 0 (0 would train nothing), or null for none"
@@ -336,7 +344,7 @@ class TrainingRecipe:
 
 @dataclass
 class Recipe:
-    """One run, whole. `task`: what a model is fine-tuned for; null = pre-training.
+    """One run, whole. `task`: what a model is fine-tuned for; null = pre-training, and "text_assignment" the second one, before NLVR2.
 
     `ramps`: `loss_factor`, which multiplies the gradient, and what the model names in its `ramps()`.
     """
@@ -345,7 +353,7 @@ class Recipe:
     data: DataRecipe
     training: TrainingRecipe
     name: str = "run"
-    task: Literal["vqa", "nlvr2", "retrieval", "entailment"] | None = None
+    task: Literal["vqa", "nlvr2", "retrieval", "entailment", "grounding", "text_assignment"] | None = None
     processor: ProcessorRecipe = field(default_factory=ProcessorRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
@@ -370,6 +378,14 @@ class Recipe:
             if getattr(self.data, name) and self.task != task:
                 wanted = f"the task {task}" if task else "pre-training, without a task"
                 raise RecipeError(f"data.{name} is for {wanted}, and task = {self.task or 'null'}: leave one of the two out")
+        if self.training.evaluate_candidates is not None and self.task != "retrieval":
+            raise RecipeError(
+                f"training.evaluate_candidates is for the task retrieval, and task = {self.task or 'null'}: leave one of the two out"
+            )
+        if self.training.rank_records is not None and self.task is not None:
+            raise RecipeError(
+                f"training.rank_records is for pre-training, without a task, and task = {self.task}: leave one of the two out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -1,31 +1,32 @@
 """The held-out splits of a run: what is measured on them, its tables, its numbers for the card, its picture sheet."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hf_vlp.evaluation.encoding import PictureError, evaluating, takes_regions
-from hf_vlp.evaluation.fusion_retrieval import evaluate_fusion_retrieval
+from hf_vlp.evaluation.fusion_retrieval import embeds_each_side, evaluate_fusion_retrieval, propose
 from hf_vlp.evaluation.provenance import command, conditions, shortened
+from hf_vlp.evaluation.report import Report
 from hf_vlp.evaluation.retrieval import RetrievalReport, RetrievalSet, evaluate_retrieval
-from hf_vlp.evaluation.tasks import TaskReport
-from hf_vlp.training.recipe import Recipe
+from hf_vlp.training.recipe import Recipe, RecipeError
 from hf_vlp.training.report import draw_retrieval
 from hf_vlp.training.stream import BatchStream
 
-TERM_BATCH = 32  # examples of a batch of `HeldOutTerms`, whatever the number of processes
+LEAST_BATCH = 3  # least examples to draw false pairs from, where there are as many
+TERM_BATCH = 32  # most examples of a batch of `HeldOutTerms`, whatever the number of processes
 
 
 class HeldOut:
     """The validation and test splits that a recipe names; a subclass says what is measured of one.
-
-    A report has `metrics` (name -> number), `counts`, `protocol`, `table()` and `to_dict()`.
 
     task: its name in `results.json`. best_metric: the one by which the best checkpoint is known, higher is better.
 
@@ -42,14 +43,14 @@ class HeldOut:
         self.splits = {
             split: self.opened(first(rows, self.most)) for split, rows in records.items() if rows is not None
         }
-        self.reports: dict[str, Any] = {}
+        self.reports: dict[str, Report] = {}
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.training.mixed_precision)
 
     def opened(self, records: Any) -> Any:
         """What `measure` takes of the records."""
         return records
 
-    def measure(self, examples: Any) -> Any:
+    def measure(self, examples: Any) -> Report:
         """The report of a split, the same on all processes."""
         raise NotImplementedError
 
@@ -118,19 +119,22 @@ class HeldOutTask(HeldOut):
 
     best_metric = "validation/accuracy"
 
-    def __init__(self, *arguments, task: str, answer: Callable[..., TaskReport]):
+    def __init__(self, *arguments, task: str, answer: Callable[..., Report]):
         self.task, self.answer = task, answer
         super().__init__(*arguments)
 
-    def measure(self, examples: Any) -> TaskReport:
+    def measure(self, examples: Any) -> Report:
         return self.answer(self.model, self.processor, examples, **self._how())
 
 
 class HeldOutRetrieval(HeldOut):
-    """Retrieval by two towers, or by `rank` where that is given.
+    """Retrieval by two towers, or by `rank` where that is given; by both where the recipe has `evaluate_candidates`.
 
     Args:
-        rank: (model, processor, pairs, accelerator=, autocast=, progress=) -> a `RetrievalReport`.
+        rank: (model, processor, pairs, accelerator=, autocast=, progress=, candidates= in two stages) -> a `RetrievalReport`.
+
+    Raises:
+        RecipeError: `evaluate_candidates` of a model that embeds no side alone.
     """
 
     task = "retrieval"
@@ -139,12 +143,22 @@ class HeldOutRetrieval(HeldOut):
     def __init__(self, *arguments, rank: Callable[..., RetrievalReport] = evaluate_retrieval):
         self.rank = rank
         super().__init__(*arguments)
+        self.candidates = self.recipe.training.evaluate_candidates
+        if self.candidates is not None and not embeds_each_side(self.model):
+            raise RecipeError(
+                f"training.evaluate_candidates = {self.candidates}: {type(self.model).__name__} embeds no side alone and proposes no "
+                f"pairs; leave it out"
+            )
 
     def opened(self, records: Any) -> RetrievalSet:
         return RetrievalSet(records, self.processor if self.recipe.data.cache else None)
 
     def measure(self, examples: RetrievalSet) -> RetrievalReport:
-        return self.rank(self.model, self.processor, examples, **self._how())
+        told, how = (self.model, self.processor, examples), self._how()
+        if self.candidates is None:
+            return self.rank(*told, **how)
+        of_each = (min(self.candidates, there) for there in (len(examples), len(examples.captions)))
+        return self.rank(*told, candidates=propose(*told, *of_each, **how), **how)
 
     def draw_sheet(self, output: str | Path, rows: int = 12) -> Path | None:
         """Captions of the last split, evenly chosen, with their five best pictures.
@@ -163,7 +177,7 @@ class HeldOutRetrieval(HeldOut):
 
 
 @dataclass
-class TermReport:
+class TermReport(Report):
     """How well the terms of pre-training are solved on held-out examples.
 
     metrics: `<term>/accuracy` in percent of every term that predicts classes, `accuracy`, their mean, and `<term>/loss`; those of the
@@ -171,9 +185,6 @@ class TermReport:
     counts: `examples`, and what each term predicted. ranking: of some of the examples' images among each other.
     """
 
-    metrics: dict[str, float]
-    counts: dict[str, int]
-    protocol: str
     ranking: RetrievalReport | None = None
 
     def table(self) -> str:
@@ -185,17 +196,27 @@ class TermReport:
             lines.append(f"{term:<8}{'' if right is None else f'{right:.1f}':>12}{self.metrics[f'{term}/loss']:>10.3f}")
         return "\n".join(lines if self.ranking is None else [*lines, self.ranking.table()])
 
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers alone, for JSON."""
-        return {"metrics": dict(self.metrics), "counts": dict(self.counts), "protocol": self.protocol}
+
+def dealt(image_ids: Sequence[int]) -> list[list[int]]:
+    """All rows in batches of `TERM_BATCH` at most, as even as can be: a few left over would be too few to draw false pairs from.
+
+    Rows of one image share a batch only where it has more than a third of them all: a false pair of one image is none.
+
+    Args:
+        image_ids: [N] identity of every row's image.
+    """
+    order = np.argsort(image_ids, kind="stable")
+    repeated = int(np.unique(image_ids, return_counts=True)[1].max())
+    count = max(math.ceil(len(order) / TERM_BATCH), min(repeated, len(order) // LEAST_BATCH))
+    return [order[start::count].tolist() for start in range(count)]  # like cards, those of an image one after the other
 
 
 class HeldOutTerms(HeldOut):
     """The terms of pre-training themselves, for models that embed no side alone.
 
     Args:
-        open_batches: records -> a data set as training has one, and what makes a batch of its items. Both draw from their own seeds, so
-            every evaluation sees the same batches.
+        open_batches: records -> a data set as training has one, with `image_ids`, and what makes a batch of its items. Both draw from
+            their own seeds, so every evaluation sees the same batches.
     """
 
     task = "pre-training"
@@ -212,11 +233,11 @@ class HeldOutTerms(HeldOut):
     def measure(self, opened: tuple[Sequence[Any], Callable, RetrievalSet | None]) -> TermReport:
         examples, collate, ranked = opened
         accelerator, device = self.accelerator, self.accelerator.device
-        starts = range(0, len(examples), TERM_BATCH)[accelerator.process_index :: accelerator.num_processes]
+        batches = dealt(examples.image_ids)
         sums: dict[str, dict[str, float]] = {"losses": {}, "correct": {}, "counts": {}}
         with evaluating(self.model, accelerator) as model, torch.no_grad():
-            for start in starts:
-                batch = collate([examples[row] for row in range(start, min(start + TERM_BATCH, len(examples)))])
+            for rows in batches[accelerator.process_index :: accelerator.num_processes]:
+                batch = collate([examples[row] for row in rows])
                 batch = {name: value.to(device) for name, value in batch.items()}
                 with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
                     output = model(**batch)
@@ -235,7 +256,7 @@ class HeldOutTerms(HeldOut):
         metrics["accuracy"] = sum(shares.values()) / max(1, len(shares))
         predicted = {f"{term} predictions": int(count) for term, count in counts.items()}
         counts = {"examples": len(examples), **predicted}
-        protocol = "masks and false images drawn once, the same at every evaluation"
+        protocol = "all draws made once, the same at every evaluation"
         ranking = evaluate_fusion_retrieval(self.model, self.processor, ranked, **self._how()) if ranked else None
         if ranking is not None:
             metrics |= ranking.metrics

@@ -37,6 +37,7 @@ class Row:
     read together to score a pair. weights: of terms of a loss, 1 if not given.
     attention: False where no layer attends. unit: False where the configuration leaves embeddings as long as they are.
     lora: projections that adapters replace, or a pattern of their names.
+    begins_as: part -> the part of which it is a copy where a checkpoint has the one and not the other.
     recorded: path in the output -> number of (hidden states, attention maps) that are recorded there.
     checkpoints: names of the classes that checkpoint themselves. no_gradient: ends of names whose gradient is zero by algebra
     (a key bias shifts all scores of a query alike).
@@ -55,6 +56,7 @@ class Row:
     attention: bool = True
     unit: bool = True
     lora: tuple[str, ...] | str = ("q_proj", "v_proj")
+    begins_as: dict[str, str] = field(default_factory=dict)
     recorded: dict[str, tuple[int, int]] = field(default_factory=dict)
     checkpoints: tuple[str, ...] = ("Block",)
     no_gradient: tuple[str, ...] = ("k_proj.bias", "key.bias")
@@ -99,7 +101,18 @@ class Row:
 
     @property
     def predicts_words(self) -> bool:
-        return "mlm_labels" in self.inputs or self.model.endswith("ForMaskedLM")
+        """Also of answers, which the decoder writes with the same vocabulary."""
+        return bool({"mlm_labels", "answer_ids"} & set(self.inputs)) or self.model.endswith("ForMaskedLM")
+
+    @property
+    def learns(self) -> bool:
+        """Whether its batch has all that a loss needs."""
+        return bool(set(LEARNT) & set(self.inputs)) or self.model.endswith("ForPreTraining")
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a text is read with images of other rows."""
+        return bool({"assignment_draws", "first_image_index"} & set(self.inputs))
 
     @property
     def image_inputs(self) -> tuple[str, ...]:
@@ -122,6 +135,8 @@ class Row:
             momenta = [norm.momentum for norm in norms]
             for norm in norms:
                 norm.momentum = 1.0
+            if hasattr(model, "set_answers"):
+                model.set_answers(*self.answers(CLASSES, torch.Generator().manual_seed(seed)))
             model.train()(**self.batch(seed=seed + 100))  # statistics of real maps, else most units are dead
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -153,9 +168,11 @@ class Row:
         if "image_ids" in self.inputs:
             made["image_ids"] = torch.tensor([7, 7, 8, 9, 10, 11])[:rows]
         if "labels" in self.inputs:
-            made["labels"] = torch.randint(CLASSES, (rows,), generator=draw)
+            made["labels"] = torch.randint(self.config().num_labels, (rows,), generator=draw)
         if "negative_draws" in self.inputs:
             made["negative_draws"] = torch.rand(rows, 2, generator=draw)
+        if "assignment_draws" in self.inputs:
+            made["assignment_draws"] = torch.rand(rows, 4, generator=draw)
         if "mlm_labels" in self.inputs and not self.reads_both:
             masked = (torch.rand(rows, 10, generator=draw) < 0.4) & made["attention_mask"].bool()
             made["mlm_labels"] = torch.where(masked, made["input_ids"], -100)
@@ -178,13 +195,20 @@ class Row:
             made["itm_labels"] = torch.tensor([1, 0, 0, 1, 1, 0])[:rows]
             made["itm_pixel_mask"] = padded(sizes[::-1][:rows])
             made["itm_pixel_values"] = torch.randn(rows, 3, height, width, generator=draw)
-        task = self.model.partition(":VlpVilt")[2]
+        task = "For" + self.model.partition("For")[2]
         if task == "ForVisualReasoning":
             made["labels"] = torch.tensor([1, 0, 1, 1, 0, 0])[:rows]
             made["pixel_mask"] = torch.stack([made["pixel_mask"], padded(sizes[::-1][:rows])], dim=1)
             made["pixel_values"] = torch.randn(rows, 2, 3, height, width, generator=draw)
         elif task == "ForVisualQuestionAnswering":
             made["labels"] = torch.rand(rows, CLASSES, generator=draw)
+            made["answer_ids"], made["answer_mask"] = self.answers(rows, draw)
+            made["answer_weights"] = torch.rand(rows, generator=draw)
+            made["answer_rows"] = torch.tensor([0, 2, 1, 0, 5, 4])[:rows]
+        elif task == "ForTextAssignment":
+            made["first_image_index"] = torch.tensor([0, 2, 3, 3, 1, 5])[:rows]
+            made["second_image_index"] = torch.tensor([1, 1, 0, 2, 0, 4])[:rows]
+            made["labels"] = torch.tensor([0, 1, 2, 0, 2, 0])[:rows]
         elif task == "ForImageTextRetrieval":
             made["labels"] = torch.zeros(rows, dtype=torch.long)
             shifts = [
@@ -206,6 +230,14 @@ class Row:
             if name in made:
                 made[name] = made[name] * made[name.replace("values", "mask")].unsqueeze(-3)
         return {name: made[name] for name in self.inputs}
+
+    @staticmethod
+    def answers(count: int, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask [count, 5]: a start token, words, an end token, padding."""
+        lengths = torch.tensor([5, 3, 4, 3, 5, 4])[:count, None]
+        ids, place = torch.randint(*WORDS, (count, 5), generator=draw), torch.arange(5)[None, :]
+        ids[:, 0] = START
+        return torch.where(place >= lengths - 1, END, ids), (place < lengths).long()
 
     @staticmethod
     def sets(longest: int, rows: int) -> torch.Tensor:
@@ -339,12 +371,17 @@ VILT, VILT_TASKS = "vilt.modeling_vilt:VlpVilt", "vilt.tasks_vilt:VlpViltFor"
 BOTH = (*PAIR, "pixel_mask")
 MASKED_WORDS = ("mlm_input_ids", "mlm_labels")
 MATCHING = ("itm_pixel_values", "itm_pixel_mask", "itm_labels")
-ALBEF = "albef.modeling_albef:VlpAlbef"
+ALBEF, ALBEF_TASKS = "albef.modeling_albef:VlpAlbef", "albef.tasks_albef:VlpAlbefFor"
+SNLI_VE = {"id2label": dict(enumerate(("contradiction", "neutral", "entailment")))}
 ALIGNED = {
     "aligned": True,
     "checkpoints": ("Block", "PostNormBlock"),
     "lora": r"(?!.*teacher\.).*(q_proj|v_proj)",  # the momentum copy has no gradient
 }
+TOGETHER = {"reads_both": True, **{name: ALIGNED[name] for name in ("checkpoints", "lora")}}
+SECOND = {"second_layers.": "albef.fusion_model.layers."}
+ANSWERS = ("answer_ids", "answer_mask", "answer_weights", "answer_rows")
+LEARNT = ("labels", "answer_ids", "negative_draws", "assignment_draws")
 STREAM = {"reads_both": True, "recorded": {"": (3, 2)}}
 TERMS = {"reads_both": True, "weights": {"wpa": 0.1}}
 
@@ -498,5 +535,45 @@ ROWS = [
         albef_config(),
         (*PAIR, "image_ids", "negative_draws"),
         **ALIGNED,
+    ),
+    Row(f"{ALBEF_TASKS}MaskedLM", "pairs", albef_config(), (*PAIR, "labels"), **TOGETHER),
+    Row(f"{ALBEF_TASKS}VisualEntailment", "snli-ve", albef_config(**SNLI_VE), (*PAIR, "labels"), **TOGETHER),
+    Row(
+        f"{ALBEF_TASKS}VisualReasoning", "shared-keys", albef_config(), (*PAIR, "labels"), **TOGETHER, begins_as=SECOND
+    ),
+    Row(
+        f"{ALBEF_TASKS}VisualReasoning",
+        "own-keys",
+        albef_config(shared_image_keys=False),
+        (*PAIR, "labels"),
+        **TOGETHER,
+        begins_as=SECOND,
+    ),
+    Row(
+        f"{ALBEF_TASKS}TextAssignment",
+        "drawn",
+        albef_config(),
+        (*PAIR, "assignment_draws"),
+        **TOGETHER,
+        begins_as=SECOND,
+    ),
+    Row(
+        f"{ALBEF_TASKS}TextAssignment",
+        "given",
+        albef_config(),
+        (*PAIR, "first_image_index", "second_image_index", "labels"),
+        **TOGETHER,
+        begins_as=SECOND,
+    ),
+    Row(
+        "albef.answering_albef:VlpAlbefForVisualQuestionAnswering",
+        "written-answers",
+        albef_config(num_labels=CLASSES, answer_layers=2, answer_length=5, answer_candidates=CLASSES),
+        (*PAIR, *ANSWERS),
+        **TOGETHER,
+        begins_as={
+            "answer_decoder.layers.": "albef.fusion_model.layers.",
+            "answer_decoder.embeddings.": "albef.text_model.embeddings.",
+        },
     ),
 ]

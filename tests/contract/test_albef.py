@@ -203,6 +203,30 @@ def test_texts_of_an_image_read_together_score_as_one_by_one():
         model.score_pairs(**text, image_embeds=image["image_embeds"][torch.tensor([0, 1, 1])])
 
 
+def test_a_text_and_an_image_encoded_before_score_as_they_do_at_once():
+    model, batch = RETRIEVAL.build(), RETRIEVAL.batch()
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    lengths = text["attention_mask"].sum(dim=1)
+    assert len(lengths.unique()) > 1
+    images = model.encode_image(batch["pixel_values"][:2])["image_embeds"]
+    encoded = model.encode_text(**text)
+    read = [model.score_pairs(**encoded, key_values=model.keys_and_values(images[row : row + 1])) for row in range(2)]
+    for row, scores in enumerate(read):
+        alone = [
+            model.score_pairs(text["input_ids"][index : index + 1, :length], image_embeds=images[row : row + 1])
+            for index, length in enumerate(lengths.tolist())
+        ]
+        torch.testing.assert_close(scores, torch.cat(alone), atol=1e-5, rtol=0)
+        # what stands at padding does not count, and what stands before it does
+        padding = text["attention_mask"][..., None] == 0
+        keys = model.keys_and_values(images[row : row + 1])
+        noise = encoded | {"text_embeds": encoded["text_embeds"].masked_fill(padding, 9.0)}
+        torch.testing.assert_close(model.score_pairs(**noise, key_values=keys), scores, atol=1e-5, rtol=0)
+        other = encoded | {"text_embeds": encoded["text_embeds"].masked_fill(~padding, 9.0)}
+        assert not torch.allclose(model.score_pairs(**other, key_values=keys), scores, atol=1e-4)
+    assert not torch.allclose(*read, atol=1e-4)
+
+
 def test_text_then_fusion_is_the_whole_pass():
     model, batch = RETRIEVAL.build(), RETRIEVAL.batch()
     text = {name: batch[name] for name in ("input_ids", "attention_mask")}

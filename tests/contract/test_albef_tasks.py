@@ -1,16 +1,18 @@
 """ALBEF's tasks against the paper's formulas written out literally, on models of a few thousand random weights."""
 
+import warnings
+
 import pytest
 import torch
 from torch.nn.functional import log_softmax
 
+from hf_vlp.models.albef.answering_albef import VlpAlbefForVisualQuestionAnswering
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
 from hf_vlp.models.albef.pretraining_albef import VlpAlbefForPreTraining
 from hf_vlp.models.albef.tasks_albef import (
     VlpAlbefForMaskedLM,
     VlpAlbefForTextAssignment,
     VlpAlbefForVisualEntailment,
-    VlpAlbefForVisualQuestionAnswering,
     VlpAlbefForVisualReasoning,
 )
 
@@ -138,9 +140,9 @@ def test_the_second_stack_begins_as_the_first_where_a_checkpoint_lacks_it(tmp_pa
     shared = {name for name in firsts if "cross_attention.k_proj" in name or "cross_attention.v_proj" in name}
     assert second_stack(model).keys() == firsts.keys() - shared and shared
     assert all(torch.equal(tensor, firsts[name]) for name, tensor in second_stack(model).items())
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.teacher.second_layers.parameters(), model.second_layers.parameters())
-    )
+    taught = pretrained.teacher.albef.fusion_model.layers.state_dict()  # the copy's second stack begins as its own first
+    assert all(torch.equal(tensor, taught[name]) for name, tensor in second_stack(model.teacher).items())
+    assert not all(torch.equal(tensor, firsts[name]) for name, tensor in second_stack(model.teacher).items())
     apart = VlpAlbefForVisualReasoning.from_pretrained(tmp_path / "pretrained", shared_image_keys=False)
     assert all(torch.equal(tensor, firsts[name]) for name, tensor in second_stack(apart).items())
     assert second_stack(apart).keys() == firsts.keys()
@@ -209,6 +211,14 @@ def test_masked_words_are_predicted_as_in_pre_training(tmp_path):
 
 
 # Answers
+
+
+def test_reading_answers_warns_of_nothing():
+    model, inputs = build(VlpAlbefForVisualQuestionAnswering), batch(rows=1)
+    ids, mask = answers([3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.answer_decoder(ids, read(model, inputs), inputs["attention_mask"])
 
 
 def read(model, inputs: dict) -> torch.Tensor:
@@ -405,3 +415,29 @@ def test_text_assignment_needs_three_pairs_and_all_of_what_replaces_drawing():
         model(**batch(), labels=torch.zeros(3).long())
     one, other = (model(**batch(), generator=torch.Generator().manual_seed(5)).loss for _ in range(2))
     assert torch.equal(one, other)
+
+
+def test_new_words_of_a_model_that_answers_are_words_of_its_answers_too(tmp_path):
+    model, inputs = build(VlpAlbefForVisualQuestionAnswering), batch()
+    ids, mask = answers([4, 3, 5, 3, 4, 5, 3])
+    learnt = {"answer_ids": ids[:3], "answer_mask": mask[:3], "answer_weights": torch.ones(3)}
+    learnt["answer_rows"] = torch.arange(3)
+    seen = inputs["attention_mask"]
+    with torch.no_grad():
+        states = read(model, inputs)
+        before = model.answer_decoder(ids[:3], states, seen)
+        model.resize_token_embeddings(43)
+        assert torch.allclose(model.answer_decoder(ids[:3], states, seen), before, atol=1e-6)
+        assert model.answer_decoder.head(before).shape[-1] == 43
+    new = learnt | {"answer_ids": torch.where(ids[:3] == ids[0, 1], 42, ids[:3])}
+    loss = model.train()(**inputs, **new).loss
+    loss.backward()
+    assert loss.isfinite() and not torch.allclose(model(**inputs, **learnt).loss, loss, atol=1e-4)
+    table = model.answer_decoder.embeddings.word_embeddings.weight
+    assert table.grad[42].any() and model.answer_decoder.head.decoder.weight is table
+    assert all(not parameter.requires_grad for parameter in model.teacher.parameters())
+    model.eval().save_pretrained(tmp_path)
+    again = VlpAlbefForVisualQuestionAnswering.from_pretrained(tmp_path)
+    assert torch.equal(again(**inputs, **new).loss, model(**inputs, **new).loss)
+    model.resize_token_embeddings(40)
+    assert model.answer_decoder.head(before).shape[-1] == 40

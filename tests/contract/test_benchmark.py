@@ -1,5 +1,6 @@
 """The benchmark runs, measures every row it promises, and compares only what computes the same. No timings are judged."""
 
+import copy
 import importlib
 import json
 import os
@@ -11,13 +12,22 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-BY_DTYPE = {"clip": ("image", "text", "step", "rn50"), "vse": ("step",)}
+BY_DTYPE = {
+    "clip": ("image", "text", "step", "rn50"),
+    "vse": ("step",),
+    "albef": ("step", "ablation", "rerank", "answers"),
+}
 DTYPES = ("float32", "bfloat16")
 STEPS = {
     "clip": {"ours sdpa", "ours eager", "transformers sdpa", "transformers eager"},
     "vse": {"ours sdpa", "ours eager"},
+    "albef": {"ours sdpa", "ours eager"},
 }
-BATCH = {"clip": (), "vse": ("--batch", "36")}  # so many captions that they are computed in groups of similar length
+BATCH = {
+    "clip": (),
+    "albef": (),
+    "vse": ("--batch", "36"),
+}  # so many captions that they are computed in groups of similar length
 
 
 @pytest.fixture(scope="module", params=BY_DTYPE)
@@ -127,6 +137,95 @@ def test_a_step_is_compared_without_dropout_and_runs_with_it(benchmarks):
         assert torch.equal(loss(False), loss(False)) and not torch.equal(loss(True), loss(True))
     lengths = everyone.region_lengths
     assert lengths.min() == 6 and lengths.max() == 9 and not everyone.regions[everyone.region_mask == 0].any()
+
+
+@pytest.fixture
+def albef_step(benchmarks):
+    """A small step in training without dropout: step(way, draws, full) -> loss, gradients and what moved, by name.
+
+    By a formulation, or by the model itself where `way` is None; `full`: with texts padded to their limit.
+    """
+    albef, plain = (importlib.import_module(f"benchmarks.{name}") for name in ("albef", "albef_plain"))
+    everyone = albef.Everyone(benchmarks[1].Settings(batch=4, small=True))
+    with torch.no_grad():
+        for weight in everyone.first.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
+    batch = everyone.batch(real=True)
+
+    def step(way, draws: torch.Tensor, full: bool) -> dict[str, torch.Tensor]:
+        model = copy.deepcopy(everyone.first).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            elif hasattr(module, "dropout") and not isinstance(module.dropout, torch.nn.Module):
+                module.dropout = 0.0
+        words = albef.lengthened(batch) if full else batch
+        if way is None:
+            loss = model(**words, negative_draws=draws).loss
+        else:
+            loss = plain.pretraining_loss(model, words, draws, way)
+        loss.backward()
+        gradients = {f"gradient of {name}": one.grad for name, one in model.named_parameters() if one.grad is not None}
+        moved = {name: value for name, value in model.state_dict().items() if name.startswith(("teacher.", "queue."))}
+        return {"loss": loss.detach(), **gradients, **moved}
+
+    return step
+
+
+def furthest(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected)
+
+
+def test_albef_every_formulation_of_the_step_gives_the_same_loss_gradients_and_momentum(albef_step):
+    plain, step = importlib.import_module("benchmarks.albef_plain"), albef_step
+    draws = torch.tensor([[0.1, 0.9], [0.5, 0.3], [0.8, 0.6], [0.2, 0.7]])
+    expected = step(plain.PLAIN, draws, full=True)
+    ways = {**plain.formulations(), "ours": None}
+    assert len(ways) == 1 + len(plain.CHANGES)
+    for name, way in ways.items():
+        assert furthest(step(way, draws, full=way is not None), expected) < 2e-5, name
+    assert furthest(step(plain.PLAIN, 1 - draws, full=True), expected) > 1e-3
+    assert expected["queue.position"] == 4 and len(expected) > 100
+
+
+def test_albef_each_change_leaves_out_work(benchmarks):
+    albef, plain = (importlib.import_module(f"benchmarks.{name}") for name in ("albef", "albef_plain"))
+    everyone = albef.Everyone(benchmarks[1].Settings(batch=4, small=True))
+    batch = albef.lengthened(everyone.batch(real=False))
+
+    def flops(way) -> float:
+        return benchmarks[1].count_flops(lambda: everyone.formulated(way, "eager", batch, train=False).backward())
+
+    ways = [plain.PLAIN, *plain.formulations().values()]
+    counted = dict(zip(("plain", *plain.CHANGES), map(flops, ways)))
+    assert counted["plain"] == counted["copy moved at once"] == counted["false pairs drawn at once"]
+    assert counted["plain"] > counted["logits at masked words"] >= counted["pairs in one pass"]
+    assert counted["pairs in one pass"] > counted["last layer where read"] > counted["image keys once"]
+
+
+def test_albef_many_answers_are_ranked_in_groups_with_less_than_half_the_work(benchmarks):
+    albef, plain = (importlib.import_module(f"benchmarks.{name}") for name in ("albef", "albef_plain"))
+    config = albef.configuration(benchmarks[1].Settings(small=True), momentum_teacher=False, num_labels=150)
+    torch.manual_seed(0)
+    model = albef.VlpAlbefForVisualQuestionAnswering(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape), alpha=0.1)
+    answers, states = albef.answer_list(config, 150), torch.randn(3, 12, config.multimodal_config.hidden_size)
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[1, 5:] = 0
+
+    def ranked(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return model.rank_answers(states, mask, *answers, 100)
+
+    with torch.inference_mode():
+        expected, found = plain.rank_answers(model, states, mask, answers, 100), ranked(mask)
+        assert torch.equal(found[0], expected[0]) and torch.allclose(found[1], expected[1], atol=1e-4)
+        assert not torch.allclose(ranked(torch.ones_like(mask))[1], expected[1], atol=1e-2)
+        count = benchmarks[1].count_flops
+        work = count(lambda: plain.rank_answers(model, states, mask, answers, 100)), count(lambda: ranked(mask))
+    assert work[1] < work[0] / 2
 
 
 @pytest.mark.parametrize(

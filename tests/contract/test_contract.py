@@ -198,6 +198,9 @@ def test_what_a_checkpoint_lacks_is_initialised(subject, kept, garbage_memory):
         elif name.startswith("teacher."):
             own = loaded.get_parameter(name.removeprefix("teacher."))
             assert torch.equal(tensor, own), f"{name} is no copy of what it teaches"
+        elif part := next((part for part in subject.row.begins_as if name.startswith(part)), None):
+            source = loaded.get_parameter(name.replace(part, subject.row.begins_as[part], 1))
+            assert torch.equal(tensor, source), f"{name} is no copy of what it begins as"
         elif not start.is_floating_point() or start.numel() < 2 or start.std() == 0:
             assert torch.equal(tensor, start), f"{name} is {tensor} and starts at {start}"
         else:
@@ -229,9 +232,13 @@ def test_return_dict_false_gives_the_same_as_a_tuple(subject):
     assert all(torch.equal(a, b) for a, b in zip(tensors, subject.outputs.values(), strict=True))
 
 
+@rows(lambda row: "assignment_draws" not in row.inputs)
 def test_order_of_the_batch_does_not_matter(subject):
     order = torch.tensor([2, 0, 3, 1])
-    turned = run(subject.model, {name: tensor[order] for name, tensor in subject.batch.items()})
+    batch = {name: tensor[order] for name, tensor in subject.batch.items()}
+    for name in {"answer_rows", "first_image_index", "second_image_index"} & set(batch):  # they point at rows
+        batch[name] = order.argsort()[batch[name]]
+    turned = run(subject.model, batch)
     drawn = (".loss", ".losses.itm") if "negative_draws" in subject.batch else ()  # a draw counts along the batch
     for name, tensor in subject.outputs.items():
         if name in drawn:
@@ -242,6 +249,7 @@ def test_order_of_the_batch_does_not_matter(subject):
         assert torch.allclose(turned[name], expected, atol=rounding(expected)), name
 
 
+@rows(lambda row: not row.mixes_rows)
 def test_a_row_does_not_see_its_neighbours(subject):
     alone = run(subject.model, {name: tensor[:1] for name, tensor in subject.batch.items()})
     for name, tensor in alone.items():
@@ -285,7 +293,7 @@ def test_padding_does_not_matter(subject):
     assert text_sided and all(not torch.allclose(other[name], expected[name], atol=1e-5) for name in text_sided)
 
 
-@rows(lambda row: row.has_text)
+@rows(lambda row: row.has_text and not row.mixes_rows)
 def test_a_text_shorter_than_the_batch_needs_no_padding(subject):
     row = {name: tensor[3:4] for name, tensor in subject.batch.items()}
     cut = {name: tensor[..., :4] if name in subject.row.text_inputs else tensor for name, tensor in row.items()}
@@ -408,7 +416,7 @@ def test_bf16_is_finite_and_near(subject):
         assert error < 0.12, f"{name} is off by {error:.3f}"
 
 
-@rows(lambda row: "ForPreTraining" in row.model or "labels" in row.inputs)
+@rows(lambda row: row.learns)
 def test_loss_is_float32_under_autocast(subject):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = subject.model(**subject.batch)
@@ -441,7 +449,7 @@ def test_exports(subject):
 # Training
 
 
-@rows(lambda row: "ForPreTraining" in row.model or "labels" in row.inputs)
+@rows(lambda row: row.learns)
 def test_every_parameter_gets_a_gradient(subject):
     received = gradients(subject.load(), subject.batch)
     assert [name for name, gradient in received.items() if gradient is None] == []
@@ -507,9 +515,7 @@ def train_but_for_norms(model):
 def test_lora_round_trip(subject, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    adapted = get_peft_model(
-        subject.load(), LoraConfig(r=2, target_modules=subject.row.lora, init_lora_weights=False)
-    )
+    adapted = get_peft_model(subject.load(), LoraConfig(r=2, target_modules=subject.row.lora, init_lora_weights=False))
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trainable and all("lora_" in name for name in trainable)
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)

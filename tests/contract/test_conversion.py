@@ -30,6 +30,7 @@ from conversion.tables import (
     ConversionError,
     Drop,
     Rename,
+    Repeat,
     Split,
     Transpose,
     convert,
@@ -367,6 +368,16 @@ def test_tables_name_the_parts_of_an_original():
         forward_names("other", TABLE)
     with pytest.raises(ConversionError, match=r"needs layers\.12\.q, .*absent"):
         original_value("blocks.12.qkv", {}, TABLE)
+
+
+def test_what_an_original_stores_twice_is_one_tensor_of_ours():
+    table, state = [*TABLE, Repeat("again", "t")], table_state()
+    ours = convert({**state, "again": state["t"]}, table)
+    assert same(ours, convert(state, TABLE))
+    back = revert(ours, table)
+    assert torch.equal(back["again"], state["t"]) and "again" not in revert(ours, TABLE)
+    assert torch.equal(original_value("again", ours, table), state["t"])
+    assert "again" not in revert({name: ours[name] for name in ours if "linear" not in name}, table)
 
 
 @pytest.mark.parametrize(

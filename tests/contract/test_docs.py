@@ -26,7 +26,7 @@ import hf_vlp
 from hf_vlp.training.recipe import RecipeError, load_recipe
 from tests.contract.documents import ROOT, Program, blocks, commands, header_commands, programs
 from tests.contract.loopback_hub import Hub, environment
-from tests.contract.tiny import save_tiny_clip, save_tiny_vilt, save_tiny_vse
+from tests.contract.tiny import save_tiny_albef, save_tiny_clip, save_tiny_vilt, save_tiny_vse
 
 README, CARDS = ROOT / "README.md", ROOT / "MODEL_CARDS.md"
 DOCUMENTS = (README, CARDS, ROOT / "examples" / "data" / "emoji" / "README.md")
@@ -56,8 +56,10 @@ def reader(tmp_path_factory) -> Path:
     for name in ("runs/vilt_vqa_emoji", "vilt-vqa"):
         save_tiny_vilt(folder / name, hf_vlp.VlpViltForVisualQuestionAnswering, **answers)
     save_tiny_vilt(folder / "runs" / "vilt_nlvr2_emoji", hf_vlp.VlpViltForVisualReasoning)
+    save_tiny_albef(folder / "runs" / "albef_grounding_emoji", hf_vlp.VlpAlbefForImageTextRetrieval)
+    save_tiny_albef(folder / "albef-vqa", hf_vlp.VlpAlbefForVisualQuestionAnswering, momentum_teacher=True)
     done = [sys.executable, ROOT / "examples/data/scenes.py", "--output", folder / "scenes", "--scenes", "200"]
-    subprocess.run([*done, "--tasks", "captions", "vqa", "nlvr2"], check=True, capture_output=True)
+    subprocess.run([*done, "--tasks", "captions", "vqa", "nlvr2", "referring"], check=True, capture_output=True)
     precomputed = folder / "data" / "coco" / "precomp"
     precomputed.mkdir(parents=True)
     np.save(precomputed / "testall_ims.npy", np.random.default_rng(0).random((6, 36, 2048), np.float32))

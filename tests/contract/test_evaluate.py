@@ -1,6 +1,7 @@
 """examples/evaluate.py as a user runs it, and what it records of how a number was measured."""
 
 import json
+import pickle
 import runpy
 import sys
 from pathlib import Path
@@ -13,18 +14,21 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from hf_vlp import (
+    VlpAlbefForImageTextRetrieval,
+    VlpAlbefForPreTraining,
     VlpViltForImageTextRetrieval,
     VlpViltForPreTraining,
     VlpViltForVisualQuestionAnswering,
     VlpViltForVisualReasoning,
 )
 from hf_vlp.evaluation.ensemble import SavedScores, write_scores
+from hf_vlp.evaluation.fusion_retrieval import Candidates, two_stage_metrics
 from hf_vlp.evaluation.provenance import command, conditions, shortened
 from hf_vlp.evaluation.retrieval import score_metrics
 from hf_vlp.inputs.region_feature_extractor import VlpRegionFeatureExtractor
 from hf_vlp.inputs.region_store import write_region_store
 from hf_vlp.inputs.regions import RegionFeatures
-from tests.contract.tiny import save_tiny_clip, save_tiny_vilt
+from tests.contract.tiny import save_tiny_albef, save_tiny_clip, save_tiny_vilt
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "evaluate.py"
@@ -191,11 +195,13 @@ def test_retrieval_by_a_model_that_scores_pairs(evaluate, capsys):
     assert "towers proposes k = 2 images for each caption and 3 captions for each image" in fewer["protocol"]
     assert fewer["counts"]["pairs_scored"] < 72 and "the candidates of towers alone" in capsys.readouterr().out
     every = evaluate(*words, "--candidates", "all.safetensors", "--k", "6", "12", "--resume", "p.safetensors")[-1]
-    assert every["metrics"] == whole["metrics"] and len(evaluate(*words)) == 3
+    assert every["metrics"].items() > whole["metrics"].items() and len(evaluate(*words)) == 3
+    assert every["metrics"]["first_stage/rsum"] == whole["metrics"]["rsum"] != fewer["metrics"]["first_stage/rsum"]
     evaluate(*words, "--resume", "p.safetensors")
     assert "0 pairs of 6 images and 12 captions to score, 72 more are there already" in capsys.readouterr().out
     for options, message in (
-        (["--candidates", "towers"], "give both or neither"),
+        (["--candidates", "towers"], "give --k too"),
+        (["--k", "2"], "--k 2: tiny embeds no side alone and proposes no pairs: name with --candidates what does"),
         ([*two, "--save-scores", "x.safetensors"], "--save-scores needs the scores of all pairs"),
         ([*two[:2], "--k", "1", "2", "3"], "--k 1 2 3: give one number"),
     ):
@@ -206,6 +212,42 @@ def test_retrieval_by_a_model_that_scores_pairs(evaluate, capsys):
     write_rows("other.jsonl", [{"image": "red.png", "captions": ["a ship"]}])
     with pytest.raises(ValueError, match="all.safetensors holds scores of other captions"):
         evaluate(*words[:3], "other.jsonl", "--candidates", "all.safetensors", "--k", "1")
+
+
+def test_a_model_proposes_pairs_by_its_own_embedding(evaluate, capsys):
+    """A folder of pre-training, whose matching head is there: no fine-tuning is needed."""
+    write_pairs()
+    save_tiny_albef(Path("tiny"), VlpAlbefForPreTraining)
+    words = ["--task", "retrieval", "--data", "pairs.jsonl"]
+    (whole,) = evaluate(*words, "--save-scores", "all.safetensors", "--pair-batch-size", "5")
+    model = VlpAlbefForPreTraining.from_pretrained("tiny").eval()
+    processor = transformers.AutoProcessor.from_pretrained("tiny")
+    rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    captions = [text for row in rows for text in row["captions"]]
+    with torch.no_grad():
+        images = [processor(Image.open(row["image"])) for row in rows]
+        texts = [processor(text=text) for text in captions]
+        scores = torch.tensor([[float(model.score_pairs(**text, **image)) for text in texts] for image in images])
+        pictures = processor([Image.open(row["image"]) for row in rows])
+        near = model.get_image_features(**pictures) @ model.get_text_features(**processor(text=captions)).T
+    torch.testing.assert_close(SavedScores("all.safetensors")[0:6], scores, atol=1e-5, rtol=0)
+    assert not torch.allclose(scores, near, atol=1e-2)
+    capsys.readouterr()
+    two = evaluate(*words, "--k", "2", "3", "--resume", "p.safetensors")[-1]
+    ids = torch.arange(6), torch.arange(6).repeat_interleave(2)
+    candidates = Candidates(near, images=2, captions=3)
+    first = {f"first_stage/{name}": value for name, value in score_metrics(near, *ids).items()}
+    assert two["metrics"] == two_stage_metrics(scores, candidates, *ids) | first
+    assert two["counts"]["pairs_scored"] == int((candidates.to_image | candidates.to_text).sum()) < 72
+    assert "its own embedding proposes k = 2 images for each caption and 3 captions for each image" in two["protocol"]
+    shown = capsys.readouterr().out
+    assert "the candidates of its own embedding alone" in shown and shown.count("text to image") == 2
+    every = evaluate(*words, "--k", "6", "12")[-1]
+    assert {name: every["metrics"][name] for name in whole["metrics"]} == whole["metrics"] != every["metrics"]
+    with pytest.raises(ValueError, match="k = 7 images for each caption: there are 6"):
+        evaluate(*words, "--k", "7")
+    cut = evaluate(*words, "--k", "6", "12", "--max-length", "3")[-1]
+    assert "texts of at most 3 tokens" in cut["protocol"] and cut["metrics"] != every["metrics"]
 
 
 def test_towers_need_no_candidates(evaluate):
@@ -377,3 +419,65 @@ def test_precision_and_backend():
     store = ROOT / "examples" / "data" / "test.regions"
     assert conditions(layer, RegionProcessor(store)) == "bfloat16, regions of examples/data/test.regions"
     assert conditions(layer, RegionProcessor(None)) == "bfloat16, regions"
+
+
+PHRASES = ("a red apple", "a ship", "two dogs in the snow", "a boat", "the snow", "a face")
+WHOLE, CORNER = [0, 0, 9, 7], [0, 0, 3, 3]
+
+
+def write_phrases(**change) -> None:
+    rows = [
+        {"image": f"{c}.png", "phrase": phrase, "box": WHOLE, "proposals": [CORNER, WHOLE], "split": ("val", "testA")[n % 2]}
+        for n, (c, phrase) in enumerate(zip(COLOURS, PHRASES))
+    ]
+    write_rows("phrases.jsonl", [row | change for row in rows])
+
+
+def test_phrases_found_by_where_a_model_looks(evaluate, capsys):
+    save_tiny_albef(Path("tiny"), VlpAlbefForImageTextRetrieval)
+    write_phrases()
+    words = ["--task", "grounding", "--data", "phrases.jsonl"]
+    (result,) = evaluate(*words, "--batch-size", "4")
+    assert result["counts"] == {"records": 6, "proposals": 12, "records/testA": 3, "records/val": 3}
+    assert result["metrics"]["chance"] == 50.0 and result["metrics"]["val/reachable"] == 100.0
+    assert "Grad-CAM in the paper's choice of layer, float32" in result["protocol"]
+    assert "val" in capsys.readouterr().out
+    write_phrases(box=CORNER)
+    opposite = evaluate(*words)[-1]
+    assert opposite["metrics"]["accuracy"] == pytest.approx(100 - result["metrics"]["accuracy"])
+    write_phrases(box=None, boxes=[[0, 0, 1 / 3, 3 / 7], [0, 0, 1, 1]], label=1)
+    assert evaluate(*words)[-1]["metrics"] == result["metrics"]
+    assert "in block 1 of the image encoder" in evaluate(*words, "--block", "1")[-1]["protocol"]
+    assert "in layer 2, float32" in evaluate(*words, "--layer", "2")[-1]["protocol"]
+    with pytest.raises(SystemExit, match="give one of them"):
+        evaluate(*words, "--layer", "2", "--block", "1")
+    with pytest.raises(ValueError, match="layer 1 has no attention to the image"):
+        evaluate(*words, "--layer", "1")
+    save_tiny_vilt(Path("tiny"), VlpViltForImageTextRetrieval)
+    with pytest.raises(SystemExit, match="tiny has no attention of words to the image"):
+        evaluate(*words)
+
+
+def test_phrases_of_the_official_files(evaluate):
+    save_tiny_albef(Path("tiny"), VlpAlbefForImageTextRetrieval)
+    entries = [{"image": f"{c}.png", "text": text, "ref_id": n} for n, (c, text) in enumerate(zip(COLOURS, PHRASES))]
+    references = [
+        {"ref_id": n, "ann_id": 50 + n, "image_id": n, "split": ("val", "testA")[n % 2]} for n in reversed(range(6))
+    ]
+    Path("list.json").write_text(json.dumps(entries))
+    Path("refs(unc).p").write_bytes(pickle.dumps(references, protocol=2))
+    Path("instances.json").write_text(json.dumps({"annotations": [{"id": 50 + n, "bbox": WHOLE} for n in range(6)]}))
+    Path("dets.json").write_text(json.dumps({str(n): [CORNER, WHOLE] for n in range(6)}))
+    files = ["--references", "refs(unc).p", "--instances", "instances.json"]
+    words = ["--task", "grounding", "--data", "list.json", "--image-root", ".", *files, "--proposals", "dets.json"]
+    (found,) = evaluate(*words)
+    write_phrases()
+    assert found["metrics"] == evaluate("--task", "grounding", "--data", "phrases.jsonl")[-1]["metrics"]
+    assert "--references 'refs(unc).p'" in found["command"]
+    part = evaluate(*words, "--split", "testA")[-1]
+    assert part["counts"] == {"records": 3, "proposals": 6, "records/testA": 3}
+    assert part["metrics"]["accuracy"] == found["metrics"]["testA/accuracy"]
+    with pytest.raises(SystemExit, match="--split testB is none of testA, val"):
+        evaluate(*words, "--split", "testB")
+    with pytest.raises(SystemExit, match="--proposals is missing"):
+        evaluate(*words[:-2])

@@ -1,5 +1,7 @@
 """Towers of any make: taken over with their weights, frozen, saved, loaded alone; and the classifier on the image tower."""
 
+import warnings
+
 import pytest
 import torch
 from PIL import Image
@@ -37,6 +39,14 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one.keys() & other.keys()) and bool(
         one.keys() & other.keys()
     )
+
+
+def test_reading_texts_warns_of_nothing():
+    model = VlpClipTextModel(text_config()).eval()
+    ids = torch.full((1, 4), model.config.eos_token_id)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.allclose(model(ids).pooler_output, model.pooled_output(ids), atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,9 @@ import torch
 from transformers import BertConfig
 
 from hf_vlp import (
+    VlpAlbefConfig,
+    VlpAlbefImageProcessor,
+    VlpAlbefProcessor,
     VlpClipConfig,
     VlpClipForPreTraining,
     VlpClipImageProcessor,
@@ -23,7 +26,7 @@ from hf_vlp import (
     VlpVseImageProcessor,
     VlpVseProcessor,
 )
-from hf_vlp.inputs.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer
+from hf_vlp.inputs.vocabulary import train_clip_tokenizer, train_wordpiece_tokenizer, without_end_mark
 
 SIZE = 32
 WORDS = "a red apple, a sleeping face, a ship, a picture of a boat: two dogs in the snow".split()
@@ -98,4 +101,21 @@ def save_tiny_vilt(folder: Path, model_class: type, **fields) -> Path:
     model_class(VlpViltConfig(**sizes, **tables, initializer_range=0.2, **fields)).save_pretrained(folder)
     image_processor = VlpViltImageProcessor(size={"shortest_edge": SIZE}, size_divisor=8)
     VlpViltProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_albef(folder: Path, model_class: type, **fields) -> Path:
+    """Text and image encoders and three layers that fuse; `model_class` with these fields of its configuration."""
+    tokenizer = without_end_mark(train_wordpiece_tokenizer(WORDS, 200, 32))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["initializer_range"] = 0.2
+    parts = {
+        "vision_config": {**sizes, "image_size": SIZE, "patch_size": 8},
+        "text_config": {**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 32},
+        "multimodal_config": {**sizes, "num_hidden_layers": 3},
+    }
+    torch.manual_seed(0)
+    model_class(VlpAlbefConfig(**parts, projection_dim=8, queue_size=4, **fields)).save_pretrained(folder)
+    image_processor = VlpAlbefImageProcessor(size={"height": SIZE, "width": SIZE})
+    VlpAlbefProcessor(image_processor, tokenizer).save_pretrained(folder)
     return folder

@@ -8,9 +8,11 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from hf_vlp.distributed import rank, world_size
-from hf_vlp.evaluation.fusion_retrieval import Candidates, evaluate_fusion_retrieval
+from hf_vlp.evaluation.fusion_retrieval import Candidates, evaluate_fusion_retrieval, propose
+from hf_vlp.evaluation.grounding import evaluate_grounding
 from hf_vlp.evaluation.tasks import evaluate_vqa
-from tests.objectives.pair_model import PairModel, PairProcessor, pair_records
+from tests.objectives.pair_model import PairModel, PairProcessor, TwoStageModel, pair_records
+from tests.objectives.test_grounding import Pointer, Reader, phrases
 from tests.objectives.test_tasks import Chooser, Numbers, questions
 
 
@@ -18,8 +20,8 @@ def main(output: str) -> None:
     accelerator = Accelerator(cpu=True)
     progress = Path(f"{output}.progress.safetensors")
 
-    def evaluate(name: str, images: int = 7, stop_after=None, **options) -> None:
-        model = PairModel(stop_after)
+    def evaluate(name: str, images: int = 7, stop_after=None, kind: type = PairModel, **options) -> None:
+        model = kind(stop_after)
         report = evaluate_fusion_retrieval(
             model, PairProcessor(), pair_records(images), progress=False, pair_batch_size=6, batch_size=2, **options
         )
@@ -32,6 +34,9 @@ def main(output: str) -> None:
     first = torch.randn(7, 21, generator=torch.Generator().manual_seed(5))
     evaluate("two-stage", candidates=Candidates(first, images=3, captions=4))
     evaluate("one-image", images=1)  # one process has none
+    nearest = propose(TwoStageModel(), PairProcessor(), pair_records(), 3, 4, progress=False)
+    evaluate("own-candidates", kind=TwoStageModel, candidates=nearest)
+    evaluate("one-image-apart", kind=TwoStageModel, images=1)
     try:
         # stopped early on the first process, later on the second
         evaluate("stopped", stop_after=2 + rank(), resume=progress)
@@ -44,6 +49,9 @@ def main(output: str) -> None:
     accelerator.wait_for_everyone()
     found["files"] = torch.tensor(len(list(progress.parent.glob(f"{progress.stem}*"))))
     found["answers.logits"] = evaluate_vqa(Chooser(), Numbers(), questions(), progress=False).logits
+    report = evaluate_grounding(Pointer(), Reader(), phrases()[:3], Pointer.maps, progress=False)
+    found["grounding.scores"], found["grounding.chosen"] = torch.cat(report.scores), report.chosen
+    found["grounding.metrics"] = torch.tensor(list(report.metrics.values()))
     save_file(found, f"{output}.{rank()}of{world_size()}")
     accelerator.end_training()
 

@@ -4,6 +4,7 @@ import json
 import pickle
 
 import pytest
+import torch
 from PIL import Image
 
 from hf_vlp.data.annotation_lists import (
@@ -16,12 +17,18 @@ from hf_vlp.data.annotation_lists import (
     read_reasoning_list,
     read_references,
 )
+from hf_vlp.data.pairs import ImageTextPairs
+from hf_vlp.data.readers import read_records
 from hf_vlp.data.record import RecordError
 from hf_vlp.data.tasks import Hypotheses, Questions, Statements
 
 
 def keep(picture):
     return picture
+
+
+def as_tensor(picture):
+    return torch.zeros(3, 4, 6, dtype=torch.uint8)
 
 
 @pytest.fixture
@@ -53,24 +60,25 @@ def test_captions_of_several_lists_follow_one_another(write, tmp_path):
     assert records[2]["image"].getpixel((0, 0)) != records[0]["image"].getpixel((0, 0))
     assert read_caption_lists(two, tmp_path).to_list() == records.select([2]).to_list()
     assert "image" not in read_caption_lists([one, two], pictures=False).column_names
+    globbed = read_records(str(tmp_path / "*.json"), image_root=tmp_path)
+    assert globbed["captions"][:] == [["One"], ["two"], ["three", "four"]]
+    assert read_records([one, two], image_root=tmp_path)["image_id"][:] == globbed["image_id"][:]
 
 
 def test_whole_paths_need_no_folder_and_phrases_have_another_field(write, tmp_path):
     whole = write([{"image": str(tmp_path / "a.jpg"), "text": "left man"}])
     records = read_caption_lists(whole, text="text")
     assert records[0]["captions"] == ["left man"] and records[0]["image"].size == (6, 4)
-    with pytest.raises(RecordError, match="record 0, field 'caption': the entry of .*list.json has no such field"):
+    with pytest.raises(RecordError, match="records, field 'caption': no entry of .*list.json has such a field"):
         read_caption_lists(whole)
 
 
 @pytest.mark.parametrize(
     ("entry", "match"),
     [
-        ({"caption": "x"}, "record 1, field 'image': the entry of .* has no such field"),
         ({"image": "a.jpg", "caption": 3}, "record 1, field 'caption': 3 in .* is not a text or a list"),
-        ({"image": "a.jpg", "caption": []}, r"record 1, field 'caption': \[\] in .* is not a list of texts"),
-        ({"image": "a.jpg", "caption": ["x", " "]}, "record 1, field 'caption'"),
-        ("a.jpg", "record 1, field 'image'"),
+        ({"image": "a.jpg", "caption": ["x", {}]}, "record 1, field 'caption'"),
+        ("a.jpg", "record 1, field 'list': 'a.jpg' in .* is not an object"),
     ],
 )
 def test_a_broken_entry_is_named(write, tmp_path, entry, match):
@@ -90,6 +98,36 @@ def test_a_wrong_folder_is_found_at_once(write, tmp_path):
     file = write([{"image": "a.jpg", "caption": "x"}])
     with pytest.raises(FileNotFoundError, match="no picture .*other"):
         read_caption_lists(file, tmp_path / "other")
+    lacking, there = {"image": "gone.jpg", "caption": "x"}, {"image": "a.jpg", "caption": "x"}
+    assert len(read_caption_lists(write([*99 * [lacking], there]), tmp_path)) == 100
+    with pytest.raises(FileNotFoundError, match="no picture .*gone.jpg"):
+        read_caption_lists(write([*100 * [lacking], there]), tmp_path)
+
+
+BROKEN = [
+    {"image": "gone.jpg", "caption": "x"},
+    {"image": "a.jpg", "caption": []},
+    {"image": "a.jpg", "caption": None},
+    {"image": "a.jpg", "caption": " "},
+    {"image": "a.jpg"},
+    {"caption": "x"},
+    {"image": "a.jpg", "caption": ["x", None]},
+]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_broken_captions_are_skipped_and_counted(write, tmp_path, cache):
+    good = {"image": "a.jpg", "caption": "good"}
+    records = read_records(write([*BROKEN, good, good]), image_root=tmp_path)
+    pairs = ImageTextPairs(records, as_tensor, on_bad_record="skip", cache=cache, progress=False)
+    assert {pairs[place]["text"] for place in range(len(pairs))} == {"good"}
+    report = pairs.report()
+    assert (report["rows"], report["skipped"]) == (9, 7)
+    assert sorted(fault.position for fault in pairs.faults) == list(range(7))
+    for entry in BROKEN[1:]:
+        records = read_records(write([good, entry]), image_root=tmp_path)
+        with pytest.raises(RecordError, match="record 1, field '(captions|image_id)'"):
+            ImageTextPairs(records, as_tensor)
 
 
 # ----------------------------------------------------------------------------------------------------------- questions
@@ -168,6 +206,39 @@ def test_hypotheses_name_their_pictures_without_the_ending(write, tmp_path):
         read_entailment_list(write([*entries, entries[0] | {"label": "-"}]), tmp_path)
 
 
+def test_lists_of_statements_and_hypotheses_are_told_by_their_fields(write, tmp_path):
+    two = {"images": ["a.jpg", "sub/c.jpg"], "sentence": "There is one.", "label": "True"}
+    one = {"image": "a", "sentence": "A man.", "label": "neutral"}
+    records = read_records(write([two]), image_root=tmp_path, required=("images", "statement", "label"))
+    assert (
+        records["statement"][:] == ["There is one."] and records["label"][:] == [1] and len(records[0]["images"]) == 2
+    )
+    records = read_records(write([one]), image_root=tmp_path, required=("image", "hypothesis", "label"))
+    assert records["hypothesis"][:] == ["A man."] and records[0]["image"].size == (6, 4)
+    with pytest.raises(ValueError, match="is one file without splits, split='dev'"):
+        read_records(write([one]), image_root=tmp_path, split="dev", required=("image",))
+    # a list of one's own, whose pictures have their whole names and whose columns are mapped
+    own, columns = [one | {"image": "a.jpg"}], {"hypothesis": "sentence"}
+    records = read_records(write(own), image_root=tmp_path, columns=columns, required=("image", "hypothesis"))
+    assert records["hypothesis"][:] == ["A man."] and records[0]["image"].size == (6, 4)
+    (tmp_path / "a").write_bytes((tmp_path / "a.jpg").read_bytes())
+    records = read_records(
+        write([one | {"label": "maybe"}]), image_root=tmp_path, columns=columns, required=("image", "hypothesis")
+    )
+    assert records["label"][:] == ["maybe"] and records[0]["image"].filename == str(tmp_path / "a")
+    columns, needed = {"statement": "sentence"}, ("images", "statement", "label")
+    records = read_records(write([two | {"label": 1}]), image_root=tmp_path, columns=columns, required=needed)
+    assert (
+        records["statement"][:] == ["There is one."] and records["label"][:] == [1] and len(records[0]["images"]) == 2
+    )
+    own = [{"dataset": "mine", "image": "a.jpg", "question": "how many?", "question_id": "q7", "said": "one"}]
+    records = read_records(write(own), image_root=tmp_path, columns={"answer": "said"}, required=("image", "question"))
+    assert records["question_id"][:] == ["q7"] and records["answer"][:] == ["one"]
+    for unmapped in ([two | {"label": 1}], own):
+        with pytest.raises(RecordError, match="record 0, field '(label|question_id)'"):
+            read_records(write(unmapped), image_root=tmp_path, required=())
+
+
 # ------------------------------------------------------------------------------------------------------------- phrases
 
 PHRASES = [{"image": "a.jpg", "text": "left", "ref_id": 3}, {"image": "b.jpg", "text": "right", "ref_id": 9}]
@@ -207,7 +278,7 @@ def test_phrases_with_their_boxes(write, tmp_path):
     given = {"references": references, "proposals": proposals}
     records = read_phrase_list(write(PHRASES), tmp_path, **given)
     assert records["phrase"][:] == ["left", "right"] and records["split"][:] == ["val", "testA"]
-    assert records["boxes"][:] == [[[0, 1, 2.5, 3]], [[4, 0, 1, 1]]]
+    assert records["box"][:] == [[0, 1, 2.5, 3], [4, 0, 1, 1]]
     assert records["proposals"][:] == [[[0, 0, 1, 1]], [[0, 0, 1, 1], [4, 0, 1.5, 1]]]
     assert read_phrase_list(write(PHRASES), tmp_path).column_names == ["image", "image_id", "phrase", "ref_id"]
     with pytest.raises(RecordError, match="record 0, field 'ref_id': no reference 4"):

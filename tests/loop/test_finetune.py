@@ -69,12 +69,13 @@ PRETRAIN = {
 def write_squares(folder: Path) -> None:
     """In a folder: squares and oblongs of a dozen colours, and records of them for every task."""
     folder.mkdir()
-    records = {name: [] for name in ("captions", "vqa", "nlvr2", "entailment")}
+    records = {name: [] for name in ("captions", "vqa", "nlvr2", "entailment", "phrases")}
     for row, colour in enumerate(COLOURS):
         image = f"{colour}.png"
         shape = "square" if row % 2 else "oblong"
         Image.new("RGB", (40, 40) if row % 2 else (60, 40), colour).save(folder / image)
         records["captions"].append({"image": image, "captions": [f"a {colour} {shape}"], "image_id": colour})
+        records["phrases"].append({"image": image, "phrase": colour, "boxes": [[0, 0, 1, 1]], "label": 0})
         one = {"answer": colour, "score": 1.0}
         rare = {"answer": f"rather {colour}", "score": 0.3}
         records["vqa"].append({"image": image, "question": "what colour is it?", "answers": [one, rare]})
@@ -139,7 +140,7 @@ def finetune(run, pretrained):
     return functools.partial(run, "finetune.py")
 
 
-FILES = {"vqa": "vqa", "nlvr2": "nlvr2", "retrieval": "captions", "entailment": "entailment"}
+FILES = {"vqa": "vqa", "nlvr2": "nlvr2", "retrieval": "captions", "entailment": "entailment", "grounding": "phrases"}
 
 
 def task_recipe(task, **sections):
@@ -186,7 +187,7 @@ def test_pretraining_from_captions_to_a_folder_that_scores_pairs(run):
     names = {"mlm/accuracy", "itm/accuracy", "mim/accuracy", "accuracy", "wpa/loss", "rsum", "text_to_image/R@1"}
     assert written["task"] == "pre-training" and names <= set(written["metrics"])
     assert written["counts"]["examples"] == 12 == written["counts"]["itm predictions"]
-    assert written["counts"]["images"] == 6 and "masks and false images drawn once" in written["protocol"]
+    assert written["counts"]["images"] == 6 and "all draws made once" in written["protocol"]
     best = json.loads((folder / "checkpoints" / "best.json").read_text())
     assert best["metric"] == "validation/accuracy"
 
@@ -346,6 +347,7 @@ def test_evaluation_of_the_first_records_says_so(run, finetune):
             r"record \d+, field 'images': 2 pictures are needed",
         ),
         ("finetune.py", "entailment", [], "vlp_vilt has no class for AutoModelForVisualEntailment"),
+        ("finetune.py", "grounding", [], "task = grounding: a vlp_vilt model has no cross_attention"),
         ("finetune.py", "retrieval", ["--data.columns", "{captions: captoin}"], "captoin.*captions"),
         (
             "finetune.py",
@@ -386,7 +388,7 @@ def test_bad_settings_of_pretraining_are_one_line_and_leave_nothing(run, words, 
 def test_two_processes_evaluate_as_one(run, tmp_path):
     """Forty held-out examples are two batches, one for each of two processes."""
     rows = [json.loads(line) for line in Path("own/captions.jsonl").read_text().splitlines()]
-    many = [row | {"image_id": f"{row['image_id']} {number}"} for number in range(4) for row in rows][:40]
+    many = [row | {"image_id": f"{row['image_id']} {number // 2}"} for number in range(4) for row in rows][:40]
     Path("own/many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
     recipe = PRETRAIN | {"data": PRETRAIN["data"] | {"validation": "own/many.jsonl", "test": None}}
     run("pretrain.py", "fusion", recipe, "--output", "one", "--steps", "1", "--rank_records", "4")

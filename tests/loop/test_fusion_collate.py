@@ -8,7 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_vlp.data.fusion_collate import FalseRows, FusionPretrainingCollator, FusionRetrievalCollator
+from hf_vlp.data.fusion_collate import (
+    FalseRows,
+    FusionPretrainingCollator,
+    FusionRetrievalCollator,
+    TextAssignmentCollator,
+)
 from hf_vlp.data.pairs import ImageTextPairs, caption_with_keywords
 from hf_vlp.data.record import RecordError, identity
 from hf_vlp.inputs.text_masking import RandomMasking, WholeWordMasking
@@ -112,6 +117,21 @@ def test_numbers_to_draw_false_pairs_by():
     again = FusionPretrainingCollator(Processor(), None, None, negative_draws=True)
     assert same(again(items), drawn) and not torch.equal(other["negative_draws"], numbers)
     assert not torch.equal(again(items[::-1])["negative_draws"].flip(0), numbers)
+
+
+def test_a_batch_to_assign_texts():
+    pairs = ImageTextPairs(rows(), prepare)
+    items = [pairs[row] for row in range(5)]
+    plain = FusionPretrainingCollator(Processor(), None, None)(items)
+    batch, other = (TextAssignmentCollator(Processor(), seed=seed)(items) for seed in (0, 1))
+    numbers = batch["assignment_draws"]
+    assert batch.keys() == plain.keys() - {"image_ids"} | {"assignment_draws"}
+    assert all(torch.equal(batch[name], plain[name]) for name in ("input_ids", "attention_mask", "pixel_values"))
+    assert numbers.shape == (5, 4) and len(numbers.unique()) == 20 and 0 <= numbers.min() and numbers.max() < 1
+    assert same(TextAssignmentCollator(Processor())(items), batch)
+    assert not torch.equal(other["assignment_draws"], numbers)
+    with pytest.raises(ValueError, match="no items"):
+        TextAssignmentCollator(Processor())([])
 
 
 def test_a_batch_of_pretraining():

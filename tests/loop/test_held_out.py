@@ -1,5 +1,6 @@
 """Evaluation within a run: region inputs kept or read anew, and the picture sheet of records with and without pictures."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from hf_vlp.evaluation.encoding import PictureError
-from hf_vlp.training.results import TERM_BATCH, HeldOutRetrieval, HeldOutTask, HeldOutTerms
+from hf_vlp.evaluation.fusion_retrieval import evaluate_fusion_retrieval
+from hf_vlp.training.recipe import RecipeError
+from hf_vlp.training.results import LEAST_BATCH, TERM_BATCH, HeldOutRetrieval, HeldOutTask, HeldOutTerms
+from tests.objectives.pair_model import PairModel, PairProcessor, TwoStageModel, pair_records
 
 
 class RegionModel(torch.nn.Module):
@@ -49,7 +53,9 @@ class Processor:
 
 def held_out(model, processor, rows, cache=True):
     data = SimpleNamespace(cache=cache, test="pairs.jsonl", test_split=None)
-    recipe = SimpleNamespace(data=data, training=SimpleNamespace(mixed_precision="no", evaluate_records=None))
+    recipe = SimpleNamespace(
+        data=data, training=SimpleNamespace(mixed_precision="no", evaluate_records=None, evaluate_candidates=None)
+    )
     return HeldOutRetrieval(recipe, Accelerator(cpu=True), model, processor, {"validation": None, "test": rows})
 
 
@@ -57,6 +63,14 @@ def rows_of(**columns):
     return [
         {"captions": [str(i)], "image_id": i, **{name: give(i) for name, give in columns.items()}} for i in range(6)
     ]
+
+
+def ranking(model, candidates, rank=evaluate_fusion_retrieval):
+    data = SimpleNamespace(cache=False, validation="pairs.jsonl", validation_split=None)
+    numbers = {"mixed_precision": "no", "evaluate_records": None, "evaluate_candidates": candidates}
+    recipe = SimpleNamespace(data=data, training=SimpleNamespace(**numbers))
+    rows = {"validation": pair_records(), "test": None}
+    return HeldOutRetrieval(recipe, Accelerator(cpu=True), model, PairProcessor(), rows, rank=rank)
 
 
 STREAM = SimpleNamespace(progress=SimpleNamespace(step=3))
@@ -91,6 +105,23 @@ def test_a_sheet_of_records_with_pictures(tmp_path, of_regions):
     run.evaluate(STREAM)
     assert run.draw_sheet(tmp_path / "sheet.png") == tmp_path / "sheet.png"
     assert Image.open(tmp_path / "sheet.png").width > 100
+
+
+def test_a_recipe_says_how_many_candidates_are_put_in_order(capsys):
+    numbers, scored = {}, {}
+    for candidates in (None, 2, 7, 50):  # of 7 images and 21 captions
+        model = TwoStageModel().train()
+        numbers[candidates] = ranking(model, candidates).evaluate(STREAM)
+        scored[candidates] = len(model.scored)
+        assert model.training
+    assert 2 * 21 <= scored[2] <= 2 * (21 + 7) < scored[7] == scored[None] == scored[50] == 147
+    first = {name: value for name, value in numbers[50].items() if "first_stage/" in name}
+    assert {name: value for name, value in numbers[50].items() if name not in first} == numbers[None]
+    assert len(first) == len(numbers[None]) and numbers[2]["validation/rsum"] != numbers[50]["validation/rsum"]
+    assert {name: value for name, value in numbers[2].items() if name in first} == first
+    assert "its own embedding proposes k = 7 images for each caption and 21 captions" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="training.evaluate_candidates = 2: PairModel embeds no side alone"):
+        ranking(PairModel(), 2)
 
 
 def test_a_model_of_pictures_does_not_pass_over_a_missing_one(tmp_path):
@@ -129,7 +160,15 @@ class TermModel(torch.nn.Module):
         }
 
 
-def terms(model, records, most=None):
+class Rows(list):
+    """Examples, as many of each image as said, one behind the other."""
+
+    def __init__(self, rows, each):
+        super().__init__(rows)
+        self.image_ids = [place // each for place in range(len(rows))]
+
+
+def terms(model, records, most=None, each=1):
     data = SimpleNamespace(cache=False, validation="pairs.jsonl", validation_split=None)
     training = SimpleNamespace(mixed_precision="no", evaluate_records=most, rank_records=None)
     recipe = SimpleNamespace(data=data, training=training)
@@ -143,7 +182,7 @@ def terms(model, records, most=None):
         model,
         Processor(of_regions=False),
         {"validation": records, "test": None},
-        open_batches=lambda rows: (rows, collate),
+        open_batches=lambda rows: (Rows(rows, each), collate),
     )
 
 
@@ -156,7 +195,8 @@ def test_terms_are_counted_over_all_batches(capsys):
     share = 100 * sum(number % 2 == 0 for number in counted) / len(counted)
     assert metrics["validation/words/accuracy"] == pytest.approx(share) == metrics["validation/accuracy"]
     assert metrics["validation/words/loss"] == pytest.approx(sum(ids) / len(ids))
-    aligned = (TERM_BATCH * ids[0] + 9 * ids[TERM_BATCH]) / len(ids)  # weighed by the examples of each batch
+    half = (len(ids) + 1) // 2  # two even batches, weighed by their examples
+    aligned = (half * ids[0] + (len(ids) - half) * ids[1]) / len(ids)
     assert metrics["validation/aligned/loss"] == pytest.approx(aligned)
     assert "validation/rare/accuracy" not in metrics and "validation/aligned/accuracy" not in metrics
     assert model.modes == {(False, False)} and model.training
@@ -167,6 +207,43 @@ def test_terms_are_counted_over_all_batches(capsys):
     assert (entry["task"], run.best_metric) == ("pre-training", "validation/accuracy")
     assert run.draw_sheet("nowhere.png") is None
     assert terms(model, ids, most=7).evaluate(STREAM)["validation/words/loss"] == pytest.approx(9)
+
+
+class Witness(TermModel):
+    """Keeps what it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown = []
+
+    def forward(self, input_ids):
+        self.shown.append(input_ids[:, 0].tolist())
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize(
+    ("count", "each", "sizes"),
+    [(80, 4, [20, 20, 20, 20]), (20, 4, [5, 5, 5, 5]), (100, 1, [25, 25, 25, 25]), (10, 2, [5, 5])],
+)
+def test_captions_of_one_image_are_in_batches_apart(count, each, sizes):
+    """Records of one caption put those of an image next to each other, of which none is a false one of another."""
+    model = Witness()
+    run = terms(model, list(range(count)), each=each)
+    first = run.evaluate(STREAM)
+    shown, model.shown = model.shown, []
+    assert [len(batch) for batch in shown] == sizes and sorted(sum(shown, [])) == list(range(count))
+    assert all(len({row // each for row in batch}) == len(batch) for batch in shown)
+    assert run.evaluate(STREAM) == first and model.shown == shown
+
+
+@pytest.mark.parametrize(("count", "each"), [(7, 6), (40, 40), (100, 50), (2, 1), (1, 1)])
+def test_no_batch_is_too_small_to_draw_false_pairs_from(count, each):
+    model = Witness()
+    terms(model, list(range(count)), each=each).evaluate(STREAM)
+    assert sorted(sum(model.shown, [])) == list(range(count))
+    assert min(map(len, model.shown)) >= min(LEAST_BATCH, count)
+    most = [max(Counter(row // each for row in batch).values()) for batch in model.shown]
+    assert max(most) - min(most) <= 1
 
 
 def test_a_task_is_evaluated_by_its_function():

@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", ["whole", "two-stage", "one-image", "resumed"])
+@pytest.mark.parametrize("name", ["whole", "two-stage", "one-image", "own-candidates", "one-image-apart", "resumed"])
 def test_two_processes_find_what_one_finds(runs, name):
     (one,), two = runs[1], runs[2]
     for found in two:
@@ -39,13 +39,14 @@ def test_two_processes_find_what_one_finds(runs, name):
 
 
 def test_each_pair_is_scored_by_one_process(runs):
-    for name, pairs in (("whole", 147), ("two-stage", None), ("one-image", 3)):
+    counts = {"whole": 147, "two-stage": None, "one-image": 3, "own-candidates": None, "one-image-apart": 3}
+    for name, pairs in counts.items():
         parts = [set(map(tuple, found[f"{name}.scored"].tolist())) for found in runs[2]]
         assert not parts[0] & parts[1]
         (alone,) = (found[f"{name}.scored"] for found in runs[1])
         assert sum(len(found[f"{name}.scored"]) for found in runs[2]) == len(alone) == len(parts[0] | parts[1])
         assert pairs in (None, len(alone))
-        assert (len(parts[1]) > 0) == (name != "one-image")
+        assert (len(parts[1]) > 0) == (not name.startswith("one-image"))
 
 
 def test_a_stopped_run_of_two_processes_goes_on(runs):
@@ -60,3 +61,10 @@ def test_questions_are_answered_once_and_in_order(runs):
     for found in runs[2]:
         assert torch.equal(found["answers.logits"], runs[1][0]["answers.logits"])
     assert not torch.equal(runs[1][0]["answers.logits"], runs[1][0]["answers.logits"].flip(0))
+
+
+def test_phrases_are_found_once_and_in_order(runs):
+    for found in runs[2]:
+        for name in ("scores", "chosen", "metrics"):
+            assert torch.equal(found[f"grounding.{name}"], runs[1][0][f"grounding.{name}"])
+    assert len(runs[1][0]["grounding.scores"]) == 6 and len(runs[1][0]["grounding.chosen"].unique(dim=0)) == 3

@@ -389,7 +389,7 @@ def test_a_tower_that_does_not_fit_is_one_line(vse, towers, message):
         (
             "grid-gru",
             ["--text_cleaning", "none"],
-            "processor.text_cleaning = 'none': the processor of vlp_vse cleans no text",
+            "processor.text_cleaning = 'none': the processor of vlp_vse has no such setting",
         ),
         (
             "grid-gru",

@@ -29,10 +29,11 @@ def runs(tmp_path_factory):
     return {count: launch(count, folder / f"{count}.safetensors") for count in (1, 2)}
 
 
+QUEUE = ("image_features", "text_features", "image_ids", "position")
 CLIP = [f"clip-{objective}-{step}" for objective in ("softmax", "sigmoid") for step in ("plain", "cached")]
 VSE = [f"vse-{form}-{step}" for form in ("hardest", "mixed") for step in ("plain", "cached")]
 FROZEN = ["frozen-plain", "frozen-cached"]
-STREAM = [*READ_BOTH, *(f"terms-{name}" for name in TERMS)]
+STREAM = [*READ_BOTH, *(f"terms-{name}" for name in TERMS), "terms-words"]
 
 
 @pytest.mark.parametrize("step", ["plain", "cached", "accumulated", *CLIP, *VSE, *FROZEN, *STREAM])
@@ -117,6 +118,18 @@ def test_the_queue_of_two_processes_is_that_of_one_with_the_whole_batch(runs):
     assert one["position"] == reverse["position"] == 2
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not any(torch.equal(one[name], reverse[name]) for name in one if name != "position")
+
+
+def test_processes_write_the_same_queue_though_none_sends_it(runs):
+    one, two = ({name: runs[count][f"aligned.{name}"] for name in QUEUE} for count in (1, 2))
+    assert runs[1]["aligned.sends"] == runs[2]["aligned.sends"] == 0
+    for name in QUEUE:
+        assert len(one[name]) == 1 and len(two[name]) == 2
+        assert torch.equal(two[name][0], two[name][1]), name
+    for name in ("image_features", "text_features"):  # of the first step, before the processes' own pairs taught them
+        torch.testing.assert_close(two[name][0, :4], one[name][0, :4], rtol=1e-5, atol=1e-6)
+    assert torch.equal(two["image_ids"][0], one["image_ids"][0]) and two["position"][0] == one["position"][0] == 8
+    assert not torch.allclose(two["text_features"][0, :4], two["text_features"][0, 4:8], atol=1e-2)
 
 
 def test_gathered_rows_and_their_gradient(runs):

@@ -4,13 +4,11 @@ import json
 import re
 import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from hf_vlp.data.samplers import UniqueImageBatchSampler
@@ -164,30 +162,6 @@ def test_retrieval_is_evaluated_once_an_original_epoch(data, pictures):
 
 
 # ------------------------------------------------------------------------------------------------ they run
-
-
-@pytest.fixture
-def script(tmp_path, monkeypatch, capsys):
-    """Runs a script on a recipe of the repository in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.syspath_prepend(EXAMPLES)  # as Python does for a script
-
-    def run(name, *words):
-        file = (
-            "pretrain.py"
-            if load_recipe(CONFIGS / f"{name}.yaml", ["--data.train", "x"]).task is None
-            else "finetune.py"
-        )
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(sys, "argv", [f"examples/{file}", "--config", str(CONFIGS / f"{name}.yaml"), *words])
-        try:
-            runpy.run_path(str(EXAMPLES / file), run_name="__main__")
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import save_file
 
+from examples.training.run import leave_queues_alone
 from hf_vlp.distributed import gather_with_gradient, gather_without_gradient, rank, world_size
 from hf_vlp.evaluation.encoding import evaluating
 from hf_vlp.layers.normalization import keep_statistics
@@ -18,7 +19,17 @@ from hf_vlp.training.recipe import RampRecipe
 from hf_vlp.training.state import Checkpoints, Progress, StateError
 from hf_vlp.training.steps import choose_step
 from hf_vlp.training.stream import BatchStream
-from tests.contract.rows import REGION, ROWS, Row, grid_config, gru_config, pair_config, vilt_config, vse_config
+from tests.contract.rows import (
+    REGION,
+    ROWS,
+    Row,
+    albef_config,
+    grid_config,
+    gru_config,
+    pair_config,
+    vilt_config,
+    vse_config,
+)
 from tests.loop.toy import ToySampler, ToyTwoTower, parts, stream
 
 
@@ -98,7 +109,30 @@ def frozen_steps(accelerator: Accelerator, chunk: int | None) -> dict[str, torch
     return found | {name: value.clone() for name, value in inner.state_dict().items()}
 
 
-READ_BOTH = {row.name: row for row in ROWS if row.reads_both and "Model" not in row.model}
+def aligned_steps(accelerator: Accelerator, row: Row) -> dict[str, torch.Tensor]:
+    """What two steps of a model with a queue of features write into it, [N, ...] of all processes; rank 0 sends no buffer."""
+    torch.manual_seed(0)
+    inner = row.model_class(row.config())
+    accelerator.ddp_handler = DistributedDataParallelKwargs()
+    leave_queues_alone(accelerator, inner)
+    model, optimizer = accelerator.prepare(inner, torch.optim.SGD(inner.parameters(), lr=0.05))
+    found = {"sends": torch.tensor([int(accelerator.ddp_handler.broadcast_buffers)])}
+    accelerator.ddp_handler = None
+    model.train()
+    size = 4 // world_size()
+    mine = slice(rank() * size, (rank() + 1) * size)
+    for number in range(2):
+        batch = {key: value[mine] for key, value in row.batch(seed=number).items()}
+        choose_step(None, 1)(accelerator, model, [batch])
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, tensor in inner.queue.state_dict().items():
+        found[name] = gather_without_gradient(tensor[None].clone())
+    return found
+
+
+ALIGNED = next(row for row in ROWS if row.model.endswith("VlpAlbefForPreTraining"))
+READ_BOTH = {row.name: row for row in ROWS if row.reads_both and "Model" not in row.model and not row.mixes_rows}
 TERMS = {  # weights of the terms of pre-training that stand apart from those of the rows
     "mlm": {"itm_weight": 0, "wpa_weight": 0},
     "mim": {"mlm_weight": 0, "itm_weight": 0, "wpa_weight": 0, "mpp_weight": 1.0},
@@ -126,7 +160,10 @@ def stream_steps(accelerator: Accelerator, row: Row, config) -> dict[str, torch.
         if "mpp_mask" in whole:
             whole["mpp_mask"] = torch.zeros_like(whole["mpp_mask"])
             whole["mpp_mask"][:, :2] = 1
-        losses = choose_step(None, 1)(accelerator, model, [{key: value[mine] for key, value in whole.items()}])
+        own = {key: value[mine] for key, value in whole.items()}
+        if "answer_rows" in own:  # an answer for each question of the process
+            own["answer_rows"] = torch.arange(size)
+        losses = choose_step(None, 1)(accelerator, model, [own])
         found[f"loss{number}"] = accelerator.reduce(losses["loss"], reduction="mean").reshape(1)
         optimizer.step()
         optimizer.zero_grad()
@@ -199,6 +236,11 @@ def main(output: str) -> None:
     for name, weights in TERMS.items():
         steps = stream_steps(accelerator, everything, vilt_config(**weights)())
         found |= {f"terms-{name}.{key}": value for key, value in steps.items()}
+
+    weights = {"itc_weight": 0, "itm_weight": 0}  # pairs of different processes are not contrasted with each other
+    steps = stream_steps(accelerator, ALIGNED, albef_config(**weights)())
+    found |= {f"terms-words.{key}": value for key, value in steps.items()}
+    found |= {f"aligned.{key}": value for key, value in aligned_steps(accelerator, ALIGNED).items()}
 
     for negatives in ("global", "local"):
         found |= {f"collapsed.{negatives}.{key}": value for key, value in collapsed(negatives).items()}

@@ -29,16 +29,57 @@ class PairModel(torch.nn.Module):
         return {"image_embeds": embeds, "image_mask": pixel_mask[:, 0]}
 
     def score_pairs(self, input_ids, attention_mask, image_embeds, image_mask):
-        assert not self.training
         assert not image_embeds[image_mask == 0].any() and not input_ids[attention_mask == 0].any()
+        return self.scores(input_ids, self.words[input_ids], attention_mask, image_embeds, image_mask)
+
+    def scores(self, input_ids, words, attention_mask, image_embeds, image_mask):
+        assert not self.training
         if self.stop_after is not None and len(self.shapes) == self.stop_after:
             raise KeyboardInterrupt
         last = attention_mask.sum(dim=1) - 1
-        self.scored += zip(input_ids[torch.arange(len(last)), last].tolist(), image_embeds[:, 0, 0].int().tolist())
+        cells = image_embeds[:, 0, 0].int().tolist()
+        self.scored += zip(input_ids[torch.arange(len(last)), last].tolist(), cells * (len(last) // len(cells)))
         self.shapes.append((*input_ids.shape, image_embeds.shape[1]))
-        text = (self.words[input_ids] * attention_mask[..., None]).sum(dim=1) / attention_mask.sum(dim=1, keepdim=True)
+        text = (words * attention_mask[..., None]).sum(dim=1) / attention_mask.sum(dim=1, keepdim=True)
         image = (image_embeds * image_mask[..., None]).sum(dim=1) / image_mask.sum(dim=1, keepdim=True)
         return ((text @ self.mix) * image.tanh()).sum(dim=1)
+
+
+class TwoStageModel(PairModel):
+    """The same scores of sides that are encoded apart, and an embedding of each side alone.
+
+    Attributes:
+        read: the last word of every text that was encoded. attended: the first cell of every image whose keys were computed.
+    """
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.read: list[int] = []
+        self.attended: list[int] = []
+
+    def encode_text(self, input_ids, attention_mask):
+        last = attention_mask.sum(dim=1) - 1
+        self.read += input_ids[torch.arange(len(last)), last].tolist()
+        # what stands at padding is not defined
+        states = torch.cat([self.words[input_ids], input_ids[..., None]], dim=-1)
+        return {"text_embeds": states.masked_fill(attention_mask[..., None] == 0, torch.nan)}
+
+    def keys_and_values(self, image_embeds, image_mask):
+        self.attended += image_embeds[:, 0, 0].int().tolist()
+        return image_embeds, image_mask
+
+    def score_pairs(self, text_embeds, attention_mask, key_values):
+        assert len(key_values[0]) == 1
+        return self.scores(text_embeds[..., -1].long(), text_embeds[..., :-1], attention_mask, *key_values)
+
+    def get_image_features(self, pixel_values, pixel_mask):
+        rows = self.encode_image(pixel_values, pixel_mask)
+        total = (rows["image_embeds"] * rows["image_mask"][..., None]).sum(dim=1)
+        return torch.nn.functional.normalize(torch.cos(total), dim=-1)
+
+    def get_text_features(self, input_ids, attention_mask):
+        total = (self.words[input_ids] * attention_mask[..., None]).sum(dim=1)
+        return torch.nn.functional.normalize(torch.sin(total), dim=-1)
 
 
 class PairProcessor:

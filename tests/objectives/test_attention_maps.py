@@ -11,9 +11,9 @@ from torch import nn
 from hf_vlp.explain.attention_maps import (
     attention_and_gradient,
     image_maps,
+    pair_maps,
     phrase_maps,
     picture_maps,
-    text_maps,
     word_maps,
 )
 from hf_vlp.explain.draw import glow, map_sheet, overlay, unit_range
@@ -172,11 +172,10 @@ def test_a_pair_has_the_same_maps_alone():
     assert not torch.allclose(word_maps(model, **changed)[0], words[0], rtol=1e-2)
 
 
-def test_maps_of_texts_and_phrases_are_means():
+def test_maps_of_phrases_are_means():
     maps = torch.zeros(2, 4, 1, 2)
     maps[0, :, 0, 0] = torch.tensor([1.0, 2.0, 6.0, 0.0])
     maps[1, :, 0, 1] = torch.tensor([4.0, 0.0, 0.0, 0.0])
-    assert text_maps(maps).tolist() == [[[9 / 4, 0.0]], [[0.0, 1.0]]]
     chosen = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]])
     assert phrase_maps(maps, chosen).tolist() == [[[4.0, 0.0]], [[0.0, 4.0]]]
     assert phrase_maps(maps, chosen.bool()).equal(phrase_maps(maps, chosen * 7))
@@ -342,3 +341,16 @@ def test_a_glow_is_red_where_it_is_hot_and_the_picture_where_it_is_cold():
 def test_the_range_of_a_map():
     assert unit_range(torch.tensor([[2.0, 4.0], [3.0, 2.0]])).tolist() == [[0.0, 1.0], [0.5, 0.0]]
     assert not unit_range(torch.full((2, 2), 3.0)).any()
+
+
+def test_a_map_of_each_pair_is_the_papers_times_a_number_and_knows_no_padding():
+    model, inputs = tiny(), batch()
+    maps, whole = pair_maps(model, **inputs), word_maps(model, **inputs).mean(dim=1)
+    real = inputs["attention_mask"].sum(dim=1)[:, None, None]
+    torch.testing.assert_close(maps * real / inputs["attention_mask"].shape[1], whole)
+    short = {name: value[1:2] for name, value in inputs.items()}
+    short |= {name: short[name][:, :3] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(pair_maps(model, **short)[0], maps[1], rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(maps[1], whole[1]) and not torch.allclose(pair_maps(model, **inputs, layer=2), maps)
+    everything = inputs | {"attention_mask": None}
+    torch.testing.assert_close(pair_maps(model, **everything)[0], maps[0], rtol=1e-4, atol=1e-7)

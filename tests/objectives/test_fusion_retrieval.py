@@ -4,11 +4,18 @@ import pytest
 import torch
 
 from hf_vlp.evaluation.encoding import apart, together
-from hf_vlp.evaluation.fusion_retrieval import Candidates, evaluate_fusion_retrieval, two_stage_ranks
+from hf_vlp.evaluation.fusion_retrieval import (
+    Candidates,
+    embeds_each_side,
+    evaluate_fusion_retrieval,
+    propose,
+    two_stage_metrics,
+    two_stage_ranks,
+)
 from hf_vlp.evaluation.pair_scoring import ProgressFile, TokenizedTexts, duration, run_fingerprint
 from hf_vlp.evaluation.ranks import ranks_from_scores
 from hf_vlp.evaluation.retrieval import RetrievalSet, evaluate_retrieval, score_metrics
-from tests.objectives.pair_model import PairModel, PairProcessor, pair_records
+from tests.objectives.pair_model import PairModel, PairProcessor, TwoStageModel, pair_records
 
 IMAGES, CAPTIONS = 7, 21
 
@@ -31,6 +38,11 @@ def brute_force(model: PairModel) -> torch.Tensor:
             for text, caption in enumerate(pairs.captions):
                 scores[image, text] = model.score_pairs(**processor(text=[caption]), **encoded)
     return scores
+
+
+def ranked(report) -> dict[str, float]:
+    """The metrics without those of the first stage."""
+    return {name: value for name, value in report.metrics.items() if not name.startswith("first_stage/")}
 
 
 def first_stage(seed: int = 5) -> torch.Tensor:
@@ -96,10 +108,10 @@ def test_all_candidates_equal_the_whole_evaluation():
     whole = evaluate()
     candidates = Candidates(first_stage(), images=IMAGES, captions=CAPTIONS)
     both = evaluate(candidates=candidates)
-    assert both.metrics == whole.metrics and torch.equal(both.scores(), whole.scores())
+    assert ranked(both) == whole.metrics and torch.equal(both.scores(), whole.scores())
     assert both.top(4) == whole.top(4)
     fewer = evaluate(candidates=Candidates(first_stage(), images=2, captions=4))
-    assert fewer.metrics != whole.metrics
+    assert ranked(fewer) != whole.metrics
 
 
 def test_the_fusion_model_orders_what_the_first_proposes():
@@ -119,6 +131,116 @@ def test_the_fusion_model_orders_what_the_first_proposes():
     assert "a model of towers proposes k = 3 images for each caption and 4 captions for each image" in report.protocol
     with pytest.raises(ValueError, match="the folds need the scores of all pairs"):
         report.five_fold_1k()
+
+
+def test_the_first_score_counts_as_much_as_its_weight():
+    first, whole = first_stage(), evaluate().scores()
+    report = evaluate(candidates=Candidates(first, images=3, captions=4, weight=0.5))
+    alone = evaluate(candidates=Candidates(first, images=3, captions=4))
+    scored = ~alone.scores().isinf()
+    assert torch.equal(report.scores().isinf(), ~scored)
+    torch.testing.assert_close(report.scores()[scored], (whole + 0.5 * first)[scored], rtol=0, atol=1e-6)
+    assert "and 0.5 times its own score added" in report.protocol and "times" not in alone.protocol
+    assert ranked(report) != ranked(alone)
+
+
+def test_both_stages_are_told():
+    candidates = Candidates(first_stage(), images=3, captions=4, source="a model of towers")
+    report, whole = evaluate(candidates=candidates), evaluate()
+    ids = report.image_ids, report.text_ids
+    first = {
+        name.removeprefix("first_stage/"): value for name, value in report.metrics.items() if name not in ranked(report)
+    }
+    assert (
+        first == score_metrics(candidates.scores, *ids) != ranked(report)
+        and report.metrics.keys() > whole.metrics.keys()
+    )
+    table = report.table()
+    assert table.startswith("the candidates of a model of towers alone\n") and table.count("text to image") == 2
+    assert f"rsum {first['rsum']:.1f}; every pair by a model of towers" in table
+    assert f"rsum {report.metrics['rsum']:.1f}; 21 captions" in table and whole.table().count("text to image") == 1
+
+
+def propose_of(model=None, images=3, captions=4, **options):
+    model = TwoStageModel() if model is None else model
+    return propose(model, PairProcessor(), pair_records(), images, captions, progress=False, **options)
+
+
+def test_a_model_puts_in_order_what_its_own_embedding_proposes():
+    candidates = propose_of()
+    pairs, whole = RetrievalSet(pair_records()), brute_force(PairModel())
+    report = evaluate(TwoStageModel(), candidates=candidates)
+    alone = evaluate_retrieval(TwoStageModel(), PairProcessor(), pair_records(), progress=False)
+    assert torch.equal(candidates.scores, alone.scores())
+    # every pair one by one, and all but the nearest left out
+    ids, own = (pairs.image_ids, pairs.text_ids), report.scores()
+    ways = (
+        (whole, own, candidates.scores, candidates.to_text, 4, ids),
+        (whole.T, own.T, candidates.scores.T, candidates.to_image.T, 3, ids[::-1]),
+    )
+    for scores, found, near, proposed, k, (queries, targets) in ways:
+        ranks = two_stage_ranks(found, near, proposed, queries, targets)
+        for row in range(len(queries)):
+            nearest = near[row].topk(k).indices
+            torch.testing.assert_close(found[row, nearest], scores[row, nearest], rtol=0, atol=1e-6)
+            positive = targets[nearest] == queries[row]
+            right, wrong = found[row, nearest][positive], found[row, nearest][~positive]
+            assert ranks[row] == (wrong >= right.max()).sum() if len(right) else ranks[row] >= k
+        assert (ranks < k).any() and (ranks >= k).any()
+    assert ranked(report) == two_stage_metrics(whole, candidates, *ids)
+    other = evaluate(TwoStageModel(), candidates=Candidates(first_stage(), images=3, captions=4))
+    assert ranked(other) != ranked(report) != alone.metrics
+    assert "of which its own embedding proposes k = 3 images" in report.protocol
+
+
+@pytest.mark.parametrize(("batch_size", "pair_batch_size"), [(128, 256), (1, 5), (3, 1), (2, 30)])
+@pytest.mark.parametrize("two_stages", [False, True])
+def test_sides_encoded_apart_score_as_pairs_do(batch_size, pair_batch_size, two_stages):
+    model = TwoStageModel()
+    candidates = Candidates(first_stage(), images=2, captions=3) if two_stages else None
+    report = evaluate(model, batch_size=batch_size, pair_batch_size=pair_batch_size, candidates=candidates)
+    scored, wanted = report.scores().isfinite(), brute_force(PairModel())
+    torch.testing.assert_close(report.scores()[scored], wanted[scored], rtol=0, atol=1e-6)
+    assert not torch.allclose(wanted[scored], brute_force(PairModel(seed=1))[scored], atol=1e-2)
+    assert len(model.scored) == len(set(model.scored)) == int(scored.sum()) and bool(scored.all()) != two_stages
+    # every text that is needed is encoded once, and so is every image, with what is attended to of it
+    assert len(model.read) == len(set(model.read)) == int(scored.any(dim=0).sum())
+    assert sorted(model.attended) == list(range(IMAGES)) and model.encoded == IMAGES
+    lengths = TokenizedTexts(PairProcessor(), RetrievalSet(pair_records()).captions).lengths
+    least = int((scored * lengths).sum())
+    work = sum(count * words for count, words, _ in model.shapes)
+    most = sum(int(row.sum()) * int(lengths[row].max()) for row in scored)
+    assert work == least if pair_batch_size == 1 else least < work <= most
+    assert all(count <= pair_batch_size for count, *_ in model.shapes)
+
+
+def test_sides_encoded_apart_are_stopped_and_go_on(tmp_path):
+    file, candidates = tmp_path / "progress.safetensors", propose_of()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(TwoStageModel(stop_after=3), resume=file, pair_batch_size=5, candidates=candidates)
+    rest, whole = TwoStageModel(), TwoStageModel()
+    report = evaluate(rest, resume=file, pair_batch_size=5, candidates=candidates)
+    assert torch.equal(report.scores(), evaluate(whole, pair_batch_size=5, candidates=candidates).scores())
+    assert 0 < len(rest.scored) < len(whole.scored) and len(rest.attended) < IMAGES
+    again = TwoStageModel()
+    evaluate(again, resume=file, candidates=candidates)
+    assert not (again.scored or again.read or again.encoded)
+
+
+def test_what_cannot_be_proposed():
+    for numbers, message in (
+        ({"images": 8}, "k = 8 images for each caption: there are 7 images to choose from. Ask for 1 to 7"),
+        ({"captions": 22}, "k = 22 captions for each image: there are 21"),
+        ({"captions": 0}, "k = 0 captions"),
+    ):
+        model = TwoStageModel()
+        with pytest.raises(ValueError, match=message):
+            propose_of(model, **numbers)
+        assert not model.encoded
+    assert propose_of(images=7, captions=21).to_image.all()
+    assert embeds_each_side(TwoStageModel()) and not embeds_each_side(PairModel())
+    with pytest.raises(TypeError, match="embed one side alone"):
+        propose_of(PairModel())
 
 
 def test_ranks_of_two_stages_by_hand():

@@ -228,6 +228,11 @@ def test_from_a_checkpoint_without_a_teacher_it_is_a_copy_of_what_was_loaded():
     assert loaded.teacher.head.bias.tolist() == [5, 6] and torch.equal(
         loaded.teacher.head.weight, students["head.weight"]
     )
+    again = {name: getattr(loaded, name) for name, _ in loaded.teacher.named_children()}
+    loaded.teacher.copy_(**again)
+    assert loaded.teacher.head.bias.tolist() == [5, 6]
+    loaded.teacher.become(**again)  # where the model begins anew, what was loaded goes
+    assert torch.equal(loaded.teacher.head.bias, students["head.bias"])
     assert torch.equal(loaded.queue.text_features, torch.eye(4, 3))
     assert not torch.equal(loaded.queue.image_features, torch.eye(4, 3))
     torch.testing.assert_close(loaded.queue.image_features.norm(dim=1), torch.ones(4))

@@ -17,7 +17,7 @@ from hf_vlp.data.annotation_lists import (
 from hf_vlp.data.answers import compared_forms
 from hf_vlp.data.tasks import ENTAILMENT
 from hf_vlp.evaluation.answers import annotator_accuracy, means_by_kind
-from hf_vlp.evaluation.grounding import best_boxes, box_scores, grounding_accuracy, intersection_over_union, map_at_size
+from hf_vlp.evaluation.grounding import are_right, best_boxes, box_scores, intersection_over_union, map_at_size
 from hf_vlp.evaluation.ranks import MISS, ranks_from_scores, recalls
 from hf_vlp.inputs.text_cleaning import clean_caption, clean_question
 from tests.parity.harness import Case
@@ -205,7 +205,7 @@ def grounding(case: Case, stored: Mapping) -> None:
         entry = f"metrics.json: refs: {number}: predicted_box"
         case.expect({entry: ref["predicted_box"]})
         case.compare({entry: chosen[place].tolist()})
-    shares = grounding_accuracy(chosen, wanted, [ref["split"] for ref in refs])
+    shares = means_by_kind(are_right(chosen, wanted), [ref["split"] for ref in refs])
     case.compare({f"grounding.{split}_d": share for split, share in shares.items()})
 
 

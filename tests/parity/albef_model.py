@@ -13,9 +13,10 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from conversion.albef_layouts import momentum_parts, table_of
+from conversion.albef_layouts import table_of
+from conversion.albef_task_layouts import TAUGHT, momentum_parts, task_of
 from conversion.from_albef import build_model, convert_all, for_task, read_original
-from conversion.tables import forward_names, original_value
+from conversion.tables import Repeat, Table, find_row, forward_names, original_value
 from hf_vlp.inputs.text_masking import RandomMasking
 from hf_vlp.layers.patch_embedding import resize_position_table
 from hf_vlp.models.albef.modeling_albef import VlpAlbefModel
@@ -31,6 +32,7 @@ UNDECAYED = (
 LOSSES = {"loss_ita": "itc", "loss_itm": "itm", "loss_mlm": "mlm"}
 DRAWS = {"chosen": "draw_masked", "replaced": "draw_replaced", "randomised": "draw_random"}
 DRAWS |= {"random_ids": "draw_random_words"}
+COPIED = ("visual_encoder", "vision_proj", "text_encoder", "text_proj", "cls_head", "text_decoder")
 
 
 class Checkpoint:
@@ -45,13 +47,14 @@ class Checkpoint:
     def build(self, options: Mapping) -> nn.Module:
         """The model of these weights, in eval mode, distilling as much as the case says."""
         model = build_model(self.converted)
-        distills = options["yaml"].get("distill", True) and options.get("alpha_used") is not None
-        model.distillation_weight = float(options["alpha_used"]) if distills else 0.0
+        distills = options["yaml"].get("distill", True) or isinstance(model, VlpAlbefForPreTraining)  # without a switch
+        alpha = options.get("alpha_used")
+        model.distillation_weight = float(alpha) if distills and alpha is not None else 0.0
         return model
 
     def to_original(self, name: str, ours: Mapping[str, torch.Tensor | None]) -> torch.Tensor | None:
         """One value under the original's name; None where none of our parts has one."""
-        name = name.replace("predictions.bias", "predictions.decoder.bias")  # stored twice
+        name = stored_once(name, self.table)
         parts = forward_names(name, self.table)
         if any(ours.get(part) is None for part in parts):
             return None
@@ -59,13 +62,18 @@ class Checkpoint:
 
 
 def with_copies(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A file with queues but without the momentum copies that go with them: they are of its own weights, as before any update."""
+    """A file with queues, or of a task that distils, without the momentum copies: they are of its own weights, as before any update."""
     copies, queues = momentum_parts(state)
-    if copies or not queues:
+    if copies or not (queues or task_of(state) in TAUGHT):
         return dict(state)
-    parts = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
     split = [(name.partition("."), tensor) for name, tensor in state.items()]
-    return dict(state) | {f"{part}_m.{rest}": tensor for (part, _, rest), tensor in split if part in parts}
+    return dict(state) | {f"{part}_m.{rest}": tensor for (part, _, rest), tensor in split if part in COPIED}
+
+
+def stored_once(name: str, table: Table) -> str:
+    """The name of the tensor that ours is made of, where a file of the original stores it under two."""
+    row = (find_row(name, table) or (None,))[0]
+    return row.of if isinstance(row, Repeat) else name
 
 
 def checkpoints(case: Case) -> Iterator[tuple[Checkpoint, str]]:
@@ -309,16 +317,19 @@ def training_on_ranks(case: Case) -> None:
     """One training forward on several processes with inputs `rank<n>.<name>`; gradients are the mean of theirs."""
     from tests.parity.albef_rank import on_ranks  # imports this module
 
-    for path in case.weight_files():
+    paths = case.weight_files()
+    for path in paths:
+        label = f"{path.name}: " if len(paths) > 1 else ""
         found = on_ranks(path, case.config, case.inputs, list(case.outputs))
         for number, (values, _) in enumerate(found):
             own = rank_inputs(case.inputs, number)
-            compare_step(case, values, own, f"rank{number}.")
-            case.compare({f"rank{number}.{name}": value for name, value in values.items() if name.startswith("after.")})
+            compare_step(case, values, own, f"rank{number}.", label)
+            left = {f"rank{number}.{name}": value for name, value in values.items() if name.startswith("after.")}
+            case.compare(left, label)
         for section in case.gradients:
             names = found[0][1]
             mean = {name: torch.stack([gradient[name] for _, gradient in found]).mean(dim=0) for name in names}
-            case.compare_gradients(section, dict.fromkeys(case.gradients[section]) | mean)
+            case.compare_gradients(section, dict.fromkeys(case.gradients[section]) | mean, label)
 
 
 def rank_inputs(inputs: Mapping[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:

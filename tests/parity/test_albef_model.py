@@ -46,6 +46,14 @@ def test_a_bare_file_without_copies_and_queues(tmp_path):
     assert not failures(run("albef", "backbone", copied("backbone", tmp_path, change)))
 
 
+@pytest.mark.parametrize(("case", "switched"), [("pretrain_alpha04", False), ("retrieval_finetune", True)])
+def test_pre_training_has_no_switch_of_its_soft_targets(case, switched, tmp_path):
+    def change(content, config, outputs):
+        config["yaml"]["distill"] = False
+
+    assert bool(failures(run("albef", case, copied(case, tmp_path, change)))) == switched
+
+
 def test_one_weight_less_and_one_changed(tmp_path):
     def changed(content, config, outputs):
         content["model"]["text_encoder.bert.encoder.layer.3.crossattention.self.key.weight"][0] += 1

@@ -15,11 +15,17 @@ Differences from the released code:
    in the original, which differs with gradient accumulation alone.
 7. In evaluation neither the copy moves nor the queue; losses can be measured without changing the model.
 8. False pairs are drawn by numbers that the batch may bring (`negative_draws`), not by a global generator.
-9. Images of any size: the position table is interpolated; the original accepts one size.
+9. Images of any size that whole patches cover: the position table is interpolated, other sizes are an error; the original accepts one size.
 10. Keys and values of an image are computed once for all texts that attend to it, the last block for the rows that are read,
     vocabulary logits at masked words alone; on a CPU texts of similar length run together. Exact, but dropout draws other numbers.
+11. Reasoning over two images begins with a momentum copy of what was loaded; the original copies before it loads, and is taught at random.
+12. `rank_answers` compares no more answers than the list has; the original stops with an error where it is asked for more.
+13. Text assignment has neither temperature nor projection of texts, which its loss never reads.
+14. A query of retrieval whose true candidates are not among those reordered keeps its rank by contrast; in the original all that is not
+    reordered ties, and places in the list decide.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +40,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hf_vlp.layers.attention import Attention
+from hf_vlp.layers.attention import Attention, mask_of_keys
 from hf_vlp.layers.blocks import Block
 from hf_vlp.layers.encoder import Encoder
 from hf_vlp.layers.initialization import InitializesEveryModule, torch_default_
@@ -50,6 +56,7 @@ from hf_vlp.layers.towers import (
     build_tower,
     fill_tower,
     require_pairs,
+    require_shape,
     take_weights,
     token_states,
     tower_width,
@@ -134,7 +141,17 @@ class VlpAlbefVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(1 + grid * grid, config.hidden_size))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`pixel_values` [B, 3, H, W] -> [B, 1 + P, D]."""
+        """`pixel_values` [B, 3, H, W] -> [B, 1 + P, D].
+
+        Raises:
+            ValueError: a side is no multiple of the patch, so that the rest would not be seen.
+        """
+        patch = self.patch_embedding.kernel_size[0]
+        if pixel_values.shape[-2] % patch or pixel_values.shape[-1] % patch:
+            raise ValueError(
+                f"pixel_values of {list(pixel_values.shape[-2:])} pixels are no multiple of patches of {patch}: resize them, as the "
+                "processor does"
+            )
         patches = self.patch_embedding(pixel_values)  # [B, D, h, w]
         positions = resize_position_table(self.position_embedding, patches.shape[-2:])
         tokens = patches.flatten(2).transpose(1, 2)  # [B, P, D]
@@ -301,12 +318,7 @@ class VlpAlbefFusionEncoder(nn.Module):
         for layer, image in others:
             states = layer(states, mask, image, **kwargs)
         if rows is not None:
-            mask = create_bidirectional_mask(
-                self.config,
-                inputs_embeds=states[:, :rows],
-                attention_mask=attention_mask,
-                encoder_hidden_states=states,
-            )
+            mask = mask_of_keys(self.config, states[:, :rows], attention_mask, states)
         return last[0](states, mask, last[1], None, rows, **kwargs)
 
     def read(
@@ -314,30 +326,42 @@ class VlpAlbefFusionEncoder(nn.Module):
         text_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         images: list[KeyValues],
-        image_index: torch.Tensor,
+        image_index: torch.Tensor | None,
         rows: int | None = None,
     ) -> torch.Tensor:
         """The same where text t is read with image `image_index[t]`; on a CPU texts of similar length run together.
 
-        `text_embeds` [T, L, D], `attention_mask` [T, L] padded on the right, `image_index` [T] -> [T, L or rows, D], what stands at padding
-        not defined.
+        `text_embeds` [N, L, D], `attention_mask` [N, L], `image_index` [N], or None where each image is read with as many neighbouring
+        texts -> [N, L or rows, D], what stands at padding not defined.
         """
-
         if attention_mask is None or text_embeds.device.type != "cpu" or torch.compiler.is_compiling():
-            return self(text_embeds, attention_mask, _of_texts(images, image_index), rows)
-        lengths, order = attention_mask.ne(0).sum(dim=1).clamp(min=1).sort()
+            return self(text_embeds, attention_mask, images_of_texts(images, image_index), rows)
+        place = torch.arange(1, attention_mask.shape[1] + 1)
+        lengths, order = (attention_mask.ne(0) * place).amax(dim=1).clamp(min=1).sort()  # up to the last real word
         kept = text_embeds.shape[1] if rows is None else rows
         states, sizes = [], group_sizes(lengths)
+        count = len(images[0][0])
+        if len(sizes) == 1:
+            longest = int(lengths[-1])
+            short = text_embeds[:, :longest], attention_mask[:, :longest]
+            found = self(*short, images_of_texts(images, image_index), rows)
+            return nn.functional.pad(found, (0, 0, 0, kept - found.shape[1]))
+        if image_index is None and count > 1:
+            image_index = torch.arange(count).repeat_interleave(len(text_embeds) // count)
         for members, reach in zip(order.split(sizes), lengths.split(sizes), strict=True):
             longest = int(reach[-1])
             short = text_embeds[members, :longest], attention_mask[members, :longest]
-            found = self(*short, _of_texts(images, image_index[members]), rows)
+            found = self(*short, images_of_texts(images, None if image_index is None else image_index[members]), rows)
             states.append(nn.functional.pad(found, (0, 0, 0, kept - found.shape[1])))
         return torch.cat(states)[order.argsort()]
 
 
-def _of_texts(images: list[KeyValues], image_index: torch.Tensor) -> list[KeyValues]:
-    """Keys and values of the image `image_index` [T] of each text."""
+def images_of_texts(images: list[KeyValues], image_index: torch.Tensor | slice | None) -> list[KeyValues]:
+    """Keys and values of the image `image_index` [T] of each text; those of a slice are not copied. None: all, as they are."""
+    if image_index is None:
+        return images
+    if isinstance(image_index, slice):
+        return [(key[image_index], value[image_index]) for key, value in images]
     return [(key.index_select(0, image_index), value.index_select(0, image_index)) for key, value in images]
 
 
@@ -466,17 +490,33 @@ class VlpAlbefModel(VlpAlbefPreTrainedModel):
             )
         images = self.fusion_model.keys_and_values(image_embeds)
         if len(text_embeds) == len(image_embeds):
-            index = torch.arange(len(text_embeds), device=text_embeds.device)
-            return self.fusion_model.read(text_embeds, attention_mask, images, index, rows)
+            return self.fusion_model.read(text_embeds, attention_mask, images, None, rows)
         return self.fusion_model(text_embeds, attention_mask, images, rows)
 
     def project_image(self, image_embeds: torch.Tensor) -> torch.Tensor:
-        """Unit vectors [B, E] of encoded images [B, 1 + P, D]."""
+        """Unit vectors [B, E] of encoded images [B, 1 + P, D].
+
+        Raises:
+            ValueError: the model has no projection of images.
+        """
+        self._require_projection("visual_projection")
         return unit_rows(self.visual_projection(image_embeds[:, 0]))
 
     def project_text(self, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Unit vectors [B, E] of encoded texts [B, L, D]."""
+        """Unit vectors [B, E] of encoded texts [B, L, D].
+
+        Raises:
+            ValueError: the model has no projection of texts.
+        """
+        self._require_projection("text_projection")
         return unit_rows(self.text_projection(text_embeds[:, 0]))
+
+    def _require_projection(self, name: str) -> None:
+        if getattr(self, name, None) is None:
+            raise ValueError(
+                f"this model has no {name} into the joint space, which its task does not read: load the folder with VlpAlbefModel or "
+                "VlpAlbefForPreTraining"
+            )
 
     def cross_attention(self, layer: int | None = None) -> Attention:
         """The attention of words to the image in a layer, counted from 0 over text and fusion layers.
@@ -542,11 +582,12 @@ class VlpAlbefModel(VlpAlbefPreTrainedModel):
         if image_embeds is None:
             image_embeds = self.encode_image(pixel_values)["image_embeds"]
         require_pairs(input_ids=input_ids, image=image_embeds)
+        require_shape(input_ids.shape, attention_mask=attention_mask)
         text = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         images = self.fusion_model.keys_and_values(image_embeds)
         states = self.fusion_model(text, attention_mask, images, **kwargs)
         embeds = {}
-        if hasattr(self, "visual_projection"):
+        if getattr(self, "text_projection", None) is not None:
             embeds = {"image_embeds": self.project_image(image_embeds), "text_embeds": self.project_text(text)}
         return CrossFusionOutput(
             last_hidden_state=states, text_hidden_states=text, image_hidden_states=image_embeds, **embeds
@@ -603,10 +644,32 @@ class VlpAlbefTaught(VlpAlbefPreTrainedModel):
         self.distillation_weight = float(value)
 
     def fill_tower(self, name: str, tower: str | nn.Module) -> None:
-        """See `VlpAlbefModel.fill_tower`; the momentum copy begins as the model does."""
+        """See `VlpAlbefModel.fill_tower`; what begins as a copy of the model's parts and the momentum copy begin so anew."""
         self.albef.fill_tower(name, tower)
+        if name == "text_model":
+            self.begin_copies(torch.Tensor.copy_)
         if hasattr(self, "teacher"):
-            self.teacher.copy_(**self.students())
+            self.teacher.become(**self.students())
+
+    def begin_copies(self, copy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        """What begins as a copy of the model's text half does so, by `copy` of the second tensor into the first."""
+
+    @torch.no_grad()
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """See `VlpAlbefModel.resize_position_embeddings`; the momentum copy's rows go on as they are, and new ones begin as the model's."""
+        self.albef.resize_position_embeddings(new_num_position_embeddings)
+        self.config.text_config.max_position_embeddings = new_num_position_embeddings
+        self._resize_teacher()
+
+    def _resize_teacher(self) -> None:
+        """The momentum copy gets tables of the model's sizes, with its own rows as far as it has them."""
+        if hasattr(self, "teacher"):
+            before = dict(self.teacher.named_parameters())
+            self.teacher = MomentumTeacher(self.config.momentum, **self.students())
+            self.tie_weights()
+            for name, tensor in self.teacher.named_parameters():
+                kept = min(len(before[name]), len(tensor))
+                tensor[:kept] = before[name][:kept]
 
     def resize_image_positions(self, image_size: int) -> None:
         """See `VlpAlbefVisionModel.resize_image_positions`; the momentum copy's table as well."""
@@ -619,13 +682,7 @@ class VlpAlbefTaught(VlpAlbefPreTrainedModel):
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """As in transformers; the momentum copy's rows of words go on as they are, and new ones begin as the model's."""
         words = super().resize_token_embeddings(*args, **kwargs)
-        if hasattr(self, "teacher"):
-            before = dict(self.teacher.named_parameters())
-            self.teacher = MomentumTeacher(self.config.momentum, **self.students())
-            self.tie_weights()
-            for name, tensor in self.teacher.named_parameters():
-                kept = min(len(before[name]), len(tensor))
-                tensor[:kept] = before[name][:kept]
+        self._resize_teacher()
         return words
 
     def encode_image(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from hf_vlp.layers.attention import Attention
 from hf_vlp.layers.heads import MaskedTokenHead
 from hf_vlp.layers.logit_scale import Temperature
 from hf_vlp.layers.post_norm import KeyValues
-from hf_vlp.layers.towers import require_pairs
+from hf_vlp.layers.towers import require_pairs, require_shape
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
 from hf_vlp.models.albef.modeling_albef import VlpAlbefModel, VlpAlbefTaught, VlpAlbefTextModel
 from hf_vlp.momentum.queue import FeatureQueue
@@ -54,19 +54,34 @@ class VlpAlbefAligned(VlpAlbefTaught):
         """See `VlpAlbefModel.get_text_features`."""
         return self.albef.get_text_features(*args, **kwargs)
 
+    def keys_and_values(self, image_embeds: torch.Tensor) -> list[KeyValues]:
+        """What the texts of `score_pairs` attend to of encoded images [B, 1 + P, D], to be computed once for many of them."""
+        return self.albef.fusion_model.keys_and_values(image_embeds)
+
     def score_pairs(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **image: torch.Tensor
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+        key_values: list[KeyValues] | None = None,
+        **image: torch.Tensor,
     ) -> torch.Tensor:
         """Logit of matching of each text with its image, [B * T]; higher is a better match.
 
-        `input_ids`, `attention_mask` [B * T, L]: T texts an image, those of an image side by side. `image`: of B images, what
-        `encode_image` takes or what it returned.
+        `input_ids`, `attention_mask` [B * T, L]: T texts an image, those of an image side by side; or `text_embeds` [B * T, L, D] as
+        `encode_text` returned them. `image`: of B images, what `encode_image` takes or what it returned; or the `key_values`
+        of one image that all texts are read with.
         """
-        image_embeds = image.get("image_embeds")
-        if image_embeds is None:
-            image_embeds = self.albef.encode_image(**image)["image_embeds"]
-        text = self.albef.encode_text(input_ids, attention_mask)
-        return self.itm_head(self.albef.fuse(**text, image_embeds=image_embeds, rows=1)[:, 0])[:, MATCH]
+        if text_embeds is None:
+            text_embeds = self.albef.encode_text(input_ids, attention_mask)["text_embeds"]
+        if key_values is None:
+            image_embeds = image.get("image_embeds")
+            if image_embeds is None:
+                image_embeds = self.albef.encode_image(**image)["image_embeds"]
+            states = self.albef.fuse(text_embeds, attention_mask, image_embeds, rows=1)
+        else:
+            states = self.albef.fusion_model.read(text_embeds, attention_mask, key_values, None, rows=1)
+        return self.itm_head(states[:, 0])[:, MATCH]
 
     def match_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor
@@ -99,10 +114,15 @@ class VlpAlbefAligned(VlpAlbefTaught):
 
     def teacher_states(
         self, pixel_values: torch.Tensor, *texts: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        """States of the images [B, 1 + P, D] and of each of the `texts` [B, L] by the momentum copy, which is moved first in training."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """States of the images [B, 1 + P, D] and of each of the `texts` [B, L] by the momentum copy, which is moved first in training.
+
+        None without texts, as nothing is to be taught.
+        """
         with torch.no_grad():
             self.move_teacher()
+            if not texts:
+                return (None,)
             image = self.teacher.albef.encode_image(pixel_values)["image_embeds"]
             return image, *_each_text(self.teacher.albef, texts, attention_mask)
 
@@ -121,11 +141,18 @@ class VlpAlbefAligned(VlpAlbefTaught):
 
         Returns:
             The loss; similarities over temperature of images to texts and of texts to images, [B, B + Q]; unit embeddings [B, E].
+
+        Raises:
+            ValueError: no `image_ids` where the configuration leaves texts of the same image out.
         """
         image_embeds, text_embeds = self.albef.project_image(image), self.albef.project_text(text)
         with torch.no_grad():
             keys = self.teacher.albef.project_image(teacher_image), self.teacher.albef.project_text(teacher_text)
         targets = self.config.contrastive_targets
+        if targets == "exclude" and image_ids is None:
+            raise ValueError(
+                'contrastive_targets is "exclude" in the configuration, which needs image_ids in the batch; "plain" needs none'
+            )
         loss, image_to_text, text_to_image = momentum_contrastive_loss(
             image_embeds,
             text_embeds,
@@ -150,7 +177,9 @@ class VlpAlbefAligned(VlpAlbefTaught):
         negative_image: tuple[torch.Tensor, torch.Tensor],
         negative_text: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Matching of true pairs, of each text with a false image, and of each image with a false text (section 3.2), in one pass.
+        """Matching of true pairs, of each text with a false image, and of each image with a false text (section 3.2).
+
+        Both texts of an image are read side by side, so that keys and values are copied for the false images alone.
 
         Args:
             text, attention_mask: [B, L, D] and [B, L]. images: keys and values of the B images.
@@ -159,13 +188,13 @@ class VlpAlbefAligned(VlpAlbefTaught):
         Returns:
             Loss, correct, count.
         """
-        own = torch.arange(len(text), device=text.device)
-        texts = torch.cat([own, own, negative_text[0]])
-        mask = None if attention_mask is None else attention_mask[texts]
-        states = self.albef.fusion_model.read(
-            text[texts], mask, images, torch.cat([own, negative_image[0], own]), rows=1
-        )
-        return matching_loss(self.itm_head(states[:, 0]), matching_labels(negative_image[1], negative_text[1]))
+        read, own = self.albef.fusion_model.read, torch.arange(len(text), device=text.device)
+        both = torch.stack([own, negative_text[0]], dim=1).flatten()  # [2 B], the texts of each image
+        mask = None if attention_mask is None else attention_mask[both]
+        true, false_text = read(text[both], mask, images, None, rows=1)[:, 0].unflatten(0, (-1, 2)).unbind(1)
+        false_image = read(text, attention_mask, images, negative_image[0], rows=1)[:, 0]
+        logits = self.itm_head(torch.cat([true, false_image, false_text]))
+        return matching_loss(logits, matching_labels(negative_image[1], negative_text[1]))
 
     def negatives(
         self,
@@ -205,6 +234,21 @@ def _each_text(
     return model.encode_text(torch.cat(texts), mask)["text_embeds"].chunk(len(texts))
 
 
+def _require_batch(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    image_ids: torch.Tensor | None,
+    draws: torch.Tensor | None,
+    image_index: torch.Tensor | None,
+    text_index: torch.Tensor | None,
+) -> None:
+    """Raise a ValueError unless all that is given fits texts [B, L]."""
+    count = len(input_ids)
+    require_shape(input_ids.shape, attention_mask=attention_mask)
+    require_shape((count, 2), negative_draws=draws)
+    require_shape((count,), image_ids=image_ids, negative_image_index=image_index, negative_text_index=text_index)
+
+
 class VlpAlbefForPreTraining(VlpAlbefAligned):
     """Contrast, matching and masked words, with soft targets by the momentum copy (sections 3.2 and 3.3)."""
 
@@ -224,6 +268,29 @@ class VlpAlbefForPreTraining(VlpAlbefAligned):
         if config.momentum_teacher:
             self._tied_weights_keys["teacher.mlm_head.decoder.weight"] = f"teacher.albef.{name}.weight"
         self.post_init()
+        self._freeze_unread()
+
+    def train(self, mode: bool = True) -> "VlpAlbefForPreTraining":
+        """As of any module. Also takes the gradients away again that transformers gives to what no weighed term reads."""
+        super().train(mode)
+        self._freeze_unread()
+        return self
+
+    def _freeze_unread(self) -> None:
+        """No gradient for parts that no weighed term reads: a wrapper of several processes would wait for it."""
+        config, base, unread = self.config, self.albef, []
+        if not config.itc_weight:
+            unread += [base.visual_projection, base.text_projection, self.temperature]
+        if not config.itm_weight:
+            unread.append(self.itm_head)
+        if not config.mlm_weight:
+            unread.append(self.mlm_head)
+        if not (config.itm_weight or config.mlm_weight):
+            unread.append(base.fusion_model)
+        words = base.get_input_embeddings().weight  # where they are tied to the head
+        for part in unread:
+            for parameter in part.parameters():
+                parameter.requires_grad_(parameter.requires_grad and parameter is words)
 
     def fill_tower(self, name: str, tower: str | nn.Module) -> None:
         """See `VlpAlbefModel.fill_tower`; of a BERT the head that predicts masked words is taken as well."""
@@ -263,8 +330,7 @@ class VlpAlbefForPreTraining(VlpAlbefAligned):
 
         `text`, `teacher_text` [B, L, D]: states of the masked texts; `teacher_image` [B, 1 + P, D].
         """
-        own = torch.arange(len(text), device=text.device)
-        states = self.albef.fusion_model.read(text, attention_mask, images, own)
+        states = self.albef.fusion_model.read(text, attention_mask, images, None)
         if not self.distillation_weight:
             return masked_prediction_loss(states, labels, self.mlm_head)
         with torch.no_grad():
@@ -298,7 +364,8 @@ class VlpAlbefForPreTraining(VlpAlbefAligned):
             negative_image_index, negative_text_index: [B], the false image of each text and the false text of each image instead.
 
         Returns:
-            loss; losses "itc", "itm" and "mlm", as far as weighed; embeddings; correct and counts of the last two.
+            loss; losses "itc", "itm" and "mlm", as far as weighed; embeddings, unless words alone are weighed; correct and counts of the
+            last two.
 
         Raises:
             ValueError: what an active term needs is missing, rows do not fit, no momentum copy, or no term is active.
@@ -315,20 +382,23 @@ class VlpAlbefForPreTraining(VlpAlbefAligned):
                 "pre-training needs mlm_input_ids and mlm_labels in the batch: let the collator make them, or set mlm_weight to 0"
             )
         require_pairs(input_ids=input_ids, pixel_values=pixel_values, mlm_input_ids=mlm_input_ids, image_ids=image_ids)
+        _require_batch(input_ids, attention_mask, image_ids, negative_draws, negative_image_index, negative_text_index)
+        require_shape(input_ids.shape, mlm_input_ids=mlm_input_ids, mlm_labels=mlm_labels)
         self._require_teacher()
         if self.training:
             self.temperature.clamp_()
-        texts = (input_ids, mlm_input_ids) if "mlm" in active else (input_ids,)
-        distilled = "mlm" in active and self.distillation_weight > 0
+        contrasted, distilled = bool(active - {"mlm"}), "mlm" in active and self.distillation_weight > 0
+        texts = (input_ids,) * contrasted + (mlm_input_ids,) * ("mlm" in active)
         image = self.albef.encode_image(pixel_values)["image_embeds"]
         states = _each_text(self.albef, texts, attention_mask)
         teacher_image, *teacher_text = self.teacher_states(
-            pixel_values, *texts[: 1 + distilled], attention_mask=attention_mask
+            pixel_values, *texts[: contrasted + distilled], attention_mask=attention_mask
         )
-        contrast, *similar, image_embeds, text_embeds = self.contrast(
-            image, states[0], teacher_image, teacher_text[0], image_ids
-        )
-        losses, correct, counts = {}, {}, {}
+        losses, correct, counts, image_embeds, text_embeds = {}, {}, {}, None, None
+        if contrasted:
+            contrast, *similar, image_embeds, text_embeds = self.contrast(
+                image, states[0], teacher_image, teacher_text[0], image_ids
+            )
         images = self.albef.fusion_model.keys_and_values(image) if active - {"itc"} else []
         if "itc" in active:
             losses["itc"] = contrast
@@ -338,7 +408,7 @@ class VlpAlbefForPreTraining(VlpAlbefAligned):
             losses["itm"], correct["itm"], counts["itm"] = self.match(states[0], attention_mask, images, *false)
         if "mlm" in active:
             losses["mlm"], correct["mlm"], counts["mlm"] = self.masked_words(
-                states[1], attention_mask, images, mlm_labels, teacher_text[-1], teacher_image
+                states[-1], attention_mask, images, mlm_labels, teacher_text[-1] if distilled else None, teacher_image
             )
         loss = sum(weights[name] * value for name, value in losses.items())
         return PreTrainingOutput(loss, losses, image_embeds, text_embeds, correct, counts)
@@ -375,6 +445,7 @@ class VlpAlbefForImageTextRetrieval(VlpAlbefAligned):
         if input_ids is None or pixel_values is None:
             raise ValueError("training retrieval needs input_ids and pixel_values; pairs are scored by score_pairs")
         require_pairs(input_ids=input_ids, pixel_values=pixel_values, image_ids=image_ids)
+        _require_batch(input_ids, attention_mask, image_ids, negative_draws, negative_image_index, negative_text_index)
         self._require_teacher()
         image = self.albef.encode_image(pixel_values)["image_embeds"]
         (text,) = _each_text(self.albef, (input_ids,), attention_mask)

@@ -1,21 +1,20 @@
-"""ALBEF's downstream tasks: filling masks, visual entailment, reasoning over two images, and questions answered in words (section 4.2)."""
+"""ALBEF's downstream tasks: filling masks, visual entailment, reasoning over two images and what precedes it (section 4.2)."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from hf_vlp.layers.attention import mask_of_keys
 from hf_vlp.layers.heads import MaskedTokenHead
-from hf_vlp.layers.post_norm import PostNormBlock
-from hf_vlp.layers.text_embeddings import TextEmbeddings
-from hf_vlp.layers.towers import require_pairs
+from hf_vlp.layers.towers import require_pairs, require_shape
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
-from hf_vlp.models.albef.modeling_albef import VlpAlbefModel, VlpAlbefTaught, bert_blocks
-from hf_vlp.objectives.distillation import IGNORED, distilled_cross_entropy
+from hf_vlp.models.albef.modeling_albef import VlpAlbefModel, VlpAlbefTaught, bert_blocks, images_of_texts
+from hf_vlp.objectives.distillation import distilled_cross_entropy
 from hf_vlp.objectives.masked_prediction import masked_prediction_loss
 from hf_vlp.objectives.matching import draw_negatives, negative_weights
 from hf_vlp.outputs import PreTrainingOutput
@@ -23,7 +22,6 @@ from hf_vlp.outputs import PreTrainingOutput
 UNUSED = r"^(temperature|itm_head|mlm_head|assignment_head|teacher|queue|albef\.(visual|text)_projection)\b"  # of a folder, by a task
 ASSIGNMENT_TEMPERATURE = 0.07  # of the likeness by which other images are drawn
 MATCHED_FIRST, MATCHED_SECOND, NOT_MATCHED = 0, 1, 2  # rows of the assignment head
-LOGITS_AT_ONCE = 1024  # tokens whose logits over the vocabulary are held at a time
 
 
 class VlpAlbefTask(VlpAlbefTaught):
@@ -70,7 +68,7 @@ class VlpAlbefClassifier(nn.Module):
         return self.fc2(self.fc1(states).relu())
 
 
-def _joint(
+def joint(
     model: VlpAlbefModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -82,11 +80,17 @@ def _joint(
     return model.fuse(**text, **model.encode_image(pixel_values), rows=rows)
 
 
-def _require_words_and_images(input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None, **others) -> None:
-    """Raise a ValueError where one of the two is missing or rows do not fit."""
+def require_words_and_images(
+    input_ids: torch.Tensor | None,
+    pixel_values: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    **others: torch.Tensor | None,
+) -> None:
+    """Raise a ValueError where words or images are missing, or where rows or the mask of the words do not fit."""
     if input_ids is None or pixel_values is None:
         raise ValueError("give input_ids and pixel_values: the task reads words and image together")
     require_pairs(input_ids=input_ids, pixel_values=pixel_values, **others)
+    require_shape(input_ids.shape, attention_mask=attention_mask)
 
 
 class VlpAlbefForVisualEntailment(VlpAlbefTask):
@@ -112,10 +116,10 @@ class VlpAlbefForVisualEntailment(VlpAlbefTask):
         Raises:
             ValueError: words or images missing, or rows that do not fit.
         """
-        _require_words_and_images(input_ids, pixel_values, labels=labels)
+        require_words_and_images(input_ids, pixel_values, attention_mask, labels=labels)
 
         def predict(parts: nn.Module) -> torch.Tensor:
-            return parts.classifier(_joint(parts.albef, input_ids, attention_mask, pixel_values, rows=1)[:, 0])
+            return parts.classifier(joint(parts.albef, input_ids, attention_mask, pixel_values, rows=1)[:, 0])
 
         return self.classify(predict, labels)
 
@@ -140,28 +144,41 @@ class VlpAlbefOfTwoImages(VlpAlbefTask):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if module is self:
-            firsts = dict(self.albef.fusion_model.layers.named_parameters())
-            for name, own in self.second_layers.named_parameters():
-                init.copy_(own, firsts[name])
+            self.begin_copies(init.copy_)
         super()._init_weights(module)
+        if module is self and hasattr(self, "teacher"):
+            if not any(getattr(weight, "_is_hf_initialized", False) for weight in self.second_layers.parameters()):
+                _begin_second(self.teacher, init.copy_)  # as the layers of the copy, not as a copy of the model's
+
+    @torch.no_grad()
+    def begin_copies(self, copy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        """The second stack begins as the first."""
+        _begin_second(self, copy)
 
 
-def _joint_with_two(
+def _begin_second(parts: nn.Module, copy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """`second_layers` of a model or of its momentum copy become the layers that fuse, by `copy` of the second tensor into the first."""
+    firsts = dict(parts.albef.fusion_model.layers.named_parameters())
+    for name, own in parts.second_layers.named_parameters():
+        copy(own, firsts[name])
+
+
+def joint_with_two(
     parts: nn.Module,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     image_embeds: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
+    first: torch.Tensor | slice,
+    second: torch.Tensor | slice,
 ) -> torch.Tensor:
     """State [B, D] of the first word of each text, read with two of the N encoded images [N, 1 + P, D].
 
-    `parts`: something with `albef` and `second_layers`. `first`, `second`: [B], which images.
+    `parts`: something with `albef` and `second_layers`. `first`, `second`: [B], which images, or a slice of them, which is not copied.
     """
     albef, fusion, seconds = parts.albef, parts.albef.fusion_model, parts.second_layers
     if seconds[0].cross_attention.k_proj is None:
         images = fusion.keys_and_values(image_embeds)
-        pairs = [[(key[index], value[index]) for key, value in images] for index in (first, second)]
+        pairs = [images_of_texts(images, index) for index in (first, second)]
     else:
         others = image_embeds[second]
         pairs = [
@@ -170,9 +187,7 @@ def _joint_with_two(
         ]
     states = albef.encode_text(input_ids, attention_mask)["text_embeds"]
     mask = create_bidirectional_mask(albef.config, inputs_embeds=states, attention_mask=attention_mask)
-    one = create_bidirectional_mask(
-        albef.config, inputs_embeds=states[:, :1], attention_mask=attention_mask, encoder_hidden_states=states
-    )
+    one = mask_of_keys(albef.config, states[:, :1], attention_mask, states)
     last = seconds[-1]
     for layer, follower, image, other in zip(fusion.layers, seconds, *pairs, strict=True):
         states = layer(states, mask, image)
@@ -208,16 +223,16 @@ class VlpAlbefForVisualReasoning(VlpAlbefOfTwoImages):
         Raises:
             ValueError: statements or images missing, or another number than two images.
         """
-        _require_words_and_images(input_ids, pixel_values, labels=labels)
+        require_words_and_images(input_ids, pixel_values, attention_mask, labels=labels)
         if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
             raise ValueError(
                 f"pixel_values must be [B, 2, 3, H, W], two images for each statement; got {list(pixel_values.shape)}"
             )
-        first = 2 * torch.arange(len(input_ids), device=input_ids.device)
+        first, second = slice(0, None, 2), slice(1, None, 2)
 
         def predict(parts: nn.Module) -> torch.Tensor:
             images = parts.albef.encode_image(pixel_values.flatten(0, 1))["image_embeds"]
-            return parts.classifier(_joint_with_two(parts, input_ids, attention_mask, images, first, first + 1))
+            return parts.classifier(joint_with_two(parts, input_ids, attention_mask, images, first, second))
 
         return self.classify(predict, labels)
 
@@ -259,303 +274,13 @@ class VlpAlbefForMaskedLM(VlpAlbefTask):
         Raises:
             ValueError: words or images missing, or rows that do not fit.
         """
-        _require_words_and_images(input_ids, pixel_values, labels=labels)
-        states = _joint(self.albef, input_ids, attention_mask, pixel_values)
+        require_words_and_images(input_ids, pixel_values, attention_mask, labels=labels)
+        require_shape(input_ids.shape, labels=labels)
+        states = joint(self.albef, input_ids, attention_mask, pixel_values)
         if attention_mask is not None:  # states of padding depend on what was left out
             states = states * attention_mask.unsqueeze(-1).to(states.dtype)
         loss = None if labels is None else masked_prediction_loss(states, labels, self.mlm_head)[0]
         return MaskedLMOutput(loss=loss, logits=None if labels is not None and self.training else self.mlm_head(states))
-
-
-class VlpAlbefAnswerDecoder(nn.Module):
-    """Words of an answer one after the other, each in sight of those before it and of the question (section 4.2, VQA)."""
-
-    def __init__(self, config: VlpAlbefConfig):
-        super().__init__()
-        text, sizes = config.text_config, config.multimodal_config
-        self.config = config
-        self.embeddings = TextEmbeddings(
-            text.vocab_size,
-            text.max_position_embeddings,
-            getattr(text, "type_vocab_size", 1),
-            sizes.hidden_size,
-            norm_eps=sizes.layer_norm_eps,
-            dropout=sizes.hidden_dropout_prob,
-            pad_token_id=text.pad_token_id,
-        )
-        self.layers = nn.ModuleList(
-            PostNormBlock(
-                config,
-                sizes.hidden_size,
-                sizes.intermediate_size,
-                sizes.num_attention_heads,
-                hidden_act=sizes.hidden_act,
-                norm_eps=sizes.layer_norm_eps,
-                dropout=sizes.attention_probs_dropout_prob,
-                hidden_dropout=sizes.hidden_dropout_prob,
-                key_value_size=sizes.hidden_size,
-                is_causal=True,
-            )
-            for _ in range(config.answer_layers)
-        )
-        self.head = MaskedTokenHead(sizes.hidden_size, text.vocab_size, sizes.hidden_act, sizes.layer_norm_eps)
-
-    @torch.no_grad()
-    def begin_as(self, model: VlpAlbefModel) -> None:
-        """Layers and embeddings become those that fuse and the text encoder's, as far as they are alike and not from a checkpoint."""
-        for own, other in (
-            (self.layers, model.fusion_model.layers),
-            (self.embeddings, getattr(model.text_model, "embeddings", None)),
-        ):
-            found = {} if other is None else dict(other.named_parameters())
-            for name, tensor in own.named_parameters():
-                if name in found and found[name].shape == tensor.shape:
-                    init.copy_(tensor, found[name])
-
-    def forward(
-        self,
-        answer_ids: torch.Tensor,
-        question_states: torch.Tensor,
-        question_mask: torch.Tensor | None,
-        answer_rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """States [A, La, D] of answers padded on the right, which no real word sees.
-
-        Args:
-            answer_ids: [A, La]. question_states, question_mask: [B, L, D] and [B, L], what the answers attend to.
-            answer_rows: [A], the question of each answer; None: A / B answers of each question, side by side.
-        """
-        states = self.embeddings(answer_ids)
-        mask = create_causal_mask(self.config, inputs_embeds=states, attention_mask=None, past_key_values=None)
-        questions = [layer.cross_attention.keys_and_values(question_states) for layer in self.layers]
-        if answer_rows is not None:
-            questions = [(key[answer_rows], value[answer_rows]) for key, value in questions]
-            question_states = question_states[answer_rows]
-            question_mask = None if question_mask is None else question_mask[answer_rows]
-        seen = create_bidirectional_mask(
-            self.config,
-            inputs_embeds=states.reshape(len(question_states), -1, states.shape[-1]),
-            attention_mask=question_mask,
-            encoder_hidden_states=question_states,
-        )
-        for layer, question in zip(self.layers, questions, strict=True):
-            states = layer(states, mask, question, seen)
-        return states
-
-
-class VlpAlbefForVisualQuestionAnswering(VlpAlbefTask):
-    """Answers to a question about an image: written word by word in training, the most probable of a list in evaluation.
-
-    The list, `answer_ids` [K, answer_length] with -100 at padding, is saved with the model; `set_answers` fills it. K is `num_labels`.
-    The decoder begins as the layers that fuse, the text encoder's embeddings and the masked-language head of pre-training.
-    """
-
-    _keys_to_ignore_on_load_missing = [r"^teacher\.", r"^answer_ids$"]
-    _tied_weights_keys = {"answer_decoder.head.decoder.weight": "answer_decoder.embeddings.word_embeddings.weight"}
-    taught_parts = ("albef", "answer_decoder")
-
-    def __init__(self, config: VlpAlbefConfig):
-        super().__init__(config)
-        self.answer_decoder = VlpAlbefAnswerDecoder(config)
-        self.register_buffer("answer_ids", torch.full((config.num_labels, config.answer_length), IGNORED))
-        self.add_teacher()
-        if config.momentum_teacher:
-            tied = {f"teacher.{own}": f"teacher.{other}" for own, other in self._tied_weights_keys.items()}
-            self._tied_weights_keys = self._tied_weights_keys | tied
-        self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
-        """As in transformers; the masked-language head of a pre-training folder becomes the decoder's."""
-        heads = {r"^mlm_head\.": "answer_decoder.head.", r"^teacher\.mlm_head\.": "teacher.answer_decoder.head."}
-        return super().from_pretrained(*args, key_mapping={**heads, **(key_mapping or {})}, **kwargs)
-
-    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
-        """As in transformers, under the model's own names: a mapping used in loading is not undone unless asked for."""
-        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        if module is self:
-            init.constant_(self.answer_ids, IGNORED)
-            self.answer_decoder.begin_as(self.albef)
-        super()._init_weights(module)
-        if module is self and hasattr(self, "teacher"):
-            loaded = (
-                getattr(weight, "_is_hf_initialized", False) for weight in self.answer_decoder.layers.parameters()
-            )
-            if not any(loaded):  # the copy's decoder then begins as the copy of what fuses
-                self.teacher.answer_decoder.begin_as(self.teacher.albef)
-
-    @torch.no_grad()
-    def set_answers(self, answer_ids: torch.Tensor, answer_mask: torch.Tensor | None = None) -> None:
-        """The list to answer from.
-
-        `answer_ids` [K, La]: a start token, words, an end token, padding; `answer_mask` [K, La], None: all but the padding token.
-
-        Raises:
-            ValueError: another number of answers than `num_labels`, answers too long for the list, not begun alike or empty.
-        """
-        count, length = self.answer_ids.shape
-        if len(answer_ids) != count:
-            raise ValueError(
-                f"{len(answer_ids)} answers for a model of {count}: give {count}, or load it with num_labels={len(answer_ids)}"
-            )
-        if answer_mask is None:
-            answer_mask = answer_ids.ne(self.config.text_config.pad_token_id)
-        answer_mask = answer_mask.bool()
-        longest = int(answer_mask.sum(dim=1).max())
-        if longest > length:
-            raise ValueError(
-                f"an answer has {longest} tokens, the list has room for {length}: load the model with answer_length={longest}"
-            )
-        _require_answers(answer_ids, answer_mask)
-        self.answer_ids.fill_(IGNORED)
-        self.answer_ids[:, :longest] = answer_ids.masked_fill(~answer_mask, IGNORED)[:, :longest]
-
-    @torch.no_grad()
-    def rank_answers(
-        self,
-        question_states: torch.Tensor,
-        question_mask: torch.Tensor | None,
-        answer_ids: torch.Tensor,
-        answer_mask: torch.Tensor,
-        k: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The answers of a list that are most probable after a question.
-
-        Those k are compared whose first word is most probable, by the log probability of all their words; with
-        `count_first_token_twice`, as in the released code, that of the first word is added once more.
-
-        Args:
-            question_states, question_mask: [B, L, D] and [B, L], questions read with their images.
-            answer_ids, answer_mask: [K, La], as for `set_answers`. k: no more than K are compared.
-
-        Returns:
-            Which answers, and their scores, [B, k] each, the best first.
-
-        Raises:
-            ValueError: k below 1, answers not begun alike or empty.
-        """
-        if k < 1:
-            raise ValueError(f"k must be 1 or more, got {k}: it says how many answers are compared")
-        answer_mask = answer_mask.bool()
-        _require_answers(answer_ids, answer_mask)
-        count, k = len(question_states), min(k, len(answer_ids))
-        start = answer_ids[:1, :1].expand(count, 1)
-        logits = self.answer_decoder.head(self.answer_decoder(start, question_states, question_mask)[:, 0]).float()
-        first, candidates = logits.log_softmax(dim=-1)[:, answer_ids[:, 1]].topk(k)  # [B, k]
-        longest = int(answer_mask[candidates].sum(dim=-1).max())
-        ids = answer_ids[candidates].flatten(0, 1)[:, :longest]  # [B * k, L]
-        places = answer_mask[candidates].flatten(0, 1)[:, 2:longest]
-        scores = first.flatten() * (2 if self.config.count_first_token_twice else 1)
-        if longest > 2:
-            rest = torch.zeros(places.shape, device=scores.device)
-            states = self.answer_decoder(ids[:, :-1], question_states, question_mask)[:, 1:]
-            rest[places] = self._log_probability(states[places], ids[:, 2:][places])
-            scores = scores + rest.sum(dim=1)
-        scores, order = scores.view(count, k).sort(dim=1, descending=True)
-        return candidates.gather(1, order), scores
-
-    def _log_probability(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """[M, D] and [M] -> [M], of each target behind its state; few logits are held at a time."""
-        found = []
-        for some, target in zip(states.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True):
-            found.append(-nn.functional.cross_entropy(self.answer_decoder.head(some).float(), target, reduction="none"))
-        return torch.cat(found)
-
-    @merge_with_config_defaults
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        answer_ids: torch.Tensor | None = None,
-        answer_mask: torch.Tensor | None = None,
-        answer_weights: torch.Tensor | None = None,
-        answer_rows: torch.Tensor | None = None,
-    ) -> SequenceClassifierOutput:
-        """Questions about images, with answers to learn or to be answered from the list.
-
-        Args:
-            input_ids, attention_mask: [B, L], questions. pixel_values: [B, 3, H, W].
-            answer_ids, answer_mask: [A, La], answers to learn: a start token, words, an end token, padding.
-            answer_weights, answer_rows: [A], what each answer counts, and its question.
-
-        Returns:
-            With answers the loss, hard and soft, summed over the words, weighed and averaged over questions. Logits [B, K] in
-            evaluation, unless answers came and the list is empty: scores of the `answer_candidates` best, the lowest number elsewhere.
-
-        Raises:
-            ValueError: words or images missing, a part of the answers missing, or nothing to answer from.
-        """
-        _require_words_and_images(input_ids, pixel_values)
-        learnt = {
-            "answer_ids": answer_ids,
-            "answer_mask": answer_mask,
-            "answer_weights": answer_weights,
-            "answer_rows": answer_rows,
-        }
-        missing = [name for name, value in learnt.items() if value is None]
-        if 0 < len(missing) < len(learnt):
-            raise ValueError(f"answers to learn need {', '.join(learnt)}; missing: {', '.join(missing)}")
-        if not missing and len({len(value) for value in learnt.values()}) > 1:
-            counts = ", ".join(f"{len(value)} {name}" for name, value in learnt.items())
-            raise ValueError(f"every answer has one row of each, got {counts}")
-        states = _joint(self.albef, input_ids, attention_mask, pixel_values)
-        loss = logits = None
-        if not missing:
-            loss = self._learn(states, (input_ids, attention_mask, pixel_values), **learnt)
-        listed = self.answer_ids.ge(0)
-        if missing or (not self.training and bool(listed.any())):
-            if not bool(listed.any()):
-                raise ValueError("the list of answers is empty: fill it with set_answers, or give answers to learn")
-            listed_ids = self.answer_ids.clamp(min=0)
-            chosen, scores = self.rank_answers(
-                states, attention_mask, listed_ids, listed, self.config.answer_candidates
-            )
-            logits = scores.new_full((len(states), len(listed)), torch.finfo(scores.dtype).min)
-            logits = logits.scatter(1, chosen, scores)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
-
-    def _learn(
-        self,
-        states: torch.Tensor,
-        question: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
-        answer_ids: torch.Tensor,
-        answer_mask: torch.Tensor,
-        answer_weights: torch.Tensor,
-        answer_rows: torch.Tensor,
-    ) -> torch.Tensor:
-        """Loss of writing the answers; `states` [B, L, D] of the `question` by the model, whose momentum copy reads it itself."""
-        places = answer_mask[:, 1:].bool()  # [A, La - 1], behind which a word is to be written
-
-        def predict(parts: nn.Module, read: torch.Tensor | None = None) -> torch.Tensor:
-            read = _joint(parts.albef, *question) if read is None else read
-            written = parts.answer_decoder(answer_ids[:, :-1], read, question[1], answer_rows)
-            return parts.answer_decoder.head(written[places]).float()  # [M, V]
-
-        logits, targets = predict(self, states), answer_ids[:, 1:][places]
-        words = nn.functional.cross_entropy(logits, targets, reduction="none")
-        teacher_logits, weight = self.soft_targets(predict)
-        if teacher_logits is not None:
-            soft = nn.functional.cross_entropy(logits, teacher_logits.softmax(dim=-1), reduction="none")
-            words = (1 - weight) * words + weight * soft
-        weights = answer_weights.to(words.dtype)[:, None].expand(places.shape)
-        return (words * weights[places]).sum() / len(states)
-
-
-def _require_answers(answer_ids: torch.Tensor, answer_mask: torch.Tensor) -> None:
-    """Raise a ValueError unless all answers begin with the same token and at least one word follows."""
-    if answer_ids.ndim != 2 or answer_ids.shape[1] < 2 or not bool(answer_mask[:, :2].all()):
-        raise ValueError(
-            "an answer needs a start token and at least one more, padded on the right: [K, La] with La of 2 or more"
-        )
-    if not bool(answer_ids[:, 0].eq(answer_ids[0, 0]).all()):
-        raise ValueError(
-            "all answers must begin with the same start token: the first word is predicted behind it once for all"
-        )
 
 
 class VlpAlbefForTextAssignment(VlpAlbefOfTwoImages):
@@ -636,7 +361,14 @@ class VlpAlbefForTextAssignment(VlpAlbefOfTwoImages):
         Raises:
             ValueError: words or images missing, fewer than 3 pairs to draw from, only some of indices and labels.
         """
-        _require_words_and_images(input_ids, pixel_values, assignment_draws=assignment_draws)
+        require_words_and_images(input_ids, pixel_values, attention_mask, assignment_draws=assignment_draws)
+        require_shape((len(input_ids), 4), assignment_draws=assignment_draws)
+        require_shape(
+            input_ids.shape[:1],
+            first_image_index=first_image_index,
+            second_image_index=second_image_index,
+            labels=labels,
+        )
         image = self.albef.encode_image(pixel_values)["image_embeds"]
         given = (first_image_index, second_image_index, labels)
         if all(part is None for part in given):
@@ -647,7 +379,7 @@ class VlpAlbefForTextAssignment(VlpAlbefOfTwoImages):
         elif any(part is None for part in given):
             raise ValueError("give first_image_index, second_image_index and labels, or none of them")
         *indices, labels = given
-        logits = self.assignment_head(_joint_with_two(self, input_ids, attention_mask, image, *indices)).float()
+        logits = self.assignment_head(joint_with_two(self, input_ids, attention_mask, image, *indices)).float()
         loss = nn.functional.cross_entropy(logits, labels)
         correct, count = logits.detach().argmax(dim=-1).eq(labels).sum(), labels.new_tensor(len(labels))
         return PreTrainingOutput(

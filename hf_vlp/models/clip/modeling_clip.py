@@ -236,7 +236,7 @@ class VlpClipTextModel(VlpClipTower):
         Returns `last_hidden_state` [B, L, D] after the final norm and `pooler_output` [B, D], its row at the end of text.
         """
         hidden_states = self.embeddings(None if inputs_embeds is not None else input_ids, inputs_embeds)
-        mask = create_causal_mask(self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None)
+        mask = create_causal_mask(self.config, hidden_states, None, None)
         hidden_states = self.final_norm(self.encoder(hidden_states, mask, **kwargs))
         if input_ids is None:
             pooled = hidden_states[:, -1]
@@ -248,7 +248,7 @@ class VlpClipTextModel(VlpClipTower):
         """`forward(...).pooler_output` [B, D], with the last block computed for the pooled row alone."""
         end = self.end_of_text(input_ids, attention_mask)
         hidden_states = self.embeddings(input_ids)
-        mask = create_causal_mask(self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None)
+        mask = create_causal_mask(self.config, hidden_states, None, None)
         seen = torch.arange(input_ids.shape[1], device=end.device)[None, :] <= end[:, None]  # [B, L]
         row_mask = create_bidirectional_mask(
             self.config, inputs_embeds=hidden_states[:, :1], attention_mask=seen.long(), encoder_hidden_states=hidden_states
