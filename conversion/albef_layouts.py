@@ -39,6 +39,7 @@ from conversion.tables import (
     Transpose,
     Unbatched,
     revert,
+    told_shape,
 )
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig, VlpAlbefTextConfig
 
@@ -232,15 +233,15 @@ def infer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, Any] |
                 f"{fusion_layers} layers of text_encoder have crossattention: for two images they come in pairs"
             )
         fusion_layers //= 2
-    vocabulary, width = _shape(state, f"{text}{WORDS}", 2)
+    vocabulary, width = told_shape(state, f"{text}{WORDS}", 2)
     sizes = {
         "hidden_size": width,
-        "intermediate_size": _shape(state, f"{text}encoder.layer.0.intermediate.dense.weight", 2)[0],
+        "intermediate_size": told_shape(state, f"{text}encoder.layer.0.intermediate.dense.weight", 2)[0],
     }
     tables = {
         "vocab_size": vocabulary,
-        "max_position_embeddings": _shape(state, f"{text}embeddings.position_embeddings.weight", 2)[0],
-        "type_vocab_size": _shape(state, f"{text}embeddings.token_type_embeddings.weight", 2)[0],
+        "max_position_embeddings": told_shape(state, f"{text}embeddings.position_embeddings.weight", 2)[0],
+        "type_vocab_size": told_shape(state, f"{text}embeddings.token_type_embeddings.weight", 2)[0],
     }
     vision = _vision_sizes(state)
     counts = {"num_hidden_layers": len(layers) - len(crossed) + fusion_layers, "fusion_layer": min(crossed)}
@@ -252,7 +253,7 @@ def infer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, Any] |
     vision |= {field: vit[option] for option, field in VIT_OPTIONS.items() if option in vit}
     training: dict[str, Any] = {"momentum_teacher": teaches(task, *momentum_parts(state))}
     if "image_queue" in state:
-        training["queue_size"] = _shape(state, "image_queue", 2)[1]
+        training["queue_size"] = told_shape(state, "image_queue", 2)[1]
     taken = {"alpha": "distillation_weight"}
     taken |= (
         {"momentum": "momentum"} if task in CONTRASTED else {"k_test": "answer_candidates"} if task == "vqa" else {}
@@ -261,12 +262,12 @@ def infer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, Any] |
     if run.get("distill") is False and task != "pretraining":  # which has no such switch
         training["distillation_weight"] = 0.0
     if "vision_proj.weight" in state:
-        training["projection_dim"] = _shape(state, "vision_proj.weight", 2)[0]
+        training["projection_dim"] = told_shape(state, "vision_proj.weight", 2)[0]
     if task == "vqa":
         training["answer_layers"] = len({match[1] for name in state if (match := DECODER_LAYER.match(name))})
     labels = LABELS.get(task, {})
     if "cls_head.2.weight" in state:
-        rows = _shape(state, "cls_head.2.weight", 2)[0]
+        rows = told_shape(state, "cls_head.2.weight", 2)[0]
         training |= (
             {"id2label": labels, "label2id": {name: row for row, name in labels.items()}}
             if len(labels) == rows
@@ -291,8 +292,8 @@ def _vision_sizes(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     Raises:
         ConversionError: a table of positions that is no square with a class position, or parts missing.
     """
-    width, channels, patch, _ = _shape(state, "visual_encoder.patch_embed.proj.weight", 4)
-    rows = _shape(state, POSITIONS, 3)[1] - 1
+    width, channels, patch, _ = told_shape(state, "visual_encoder.patch_embed.proj.weight", 4)
+    rows = told_shape(state, POSITIONS, 3)[1] - 1
     grid = math.isqrt(max(rows, 0))
     if grid**2 != rows or not rows:
         raise ConversionError(f"{POSITIONS} has {rows + 1} rows, not one more than a square")
@@ -301,7 +302,7 @@ def _vision_sizes(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         "hidden_size": width,
         "num_hidden_layers": len(blocks),
         "num_attention_heads": max(1, width // HEAD_SIZE),
-        "intermediate_size": _shape(state, "visual_encoder.blocks.0.mlp.fc1.weight", 2)[0],
+        "intermediate_size": told_shape(state, "visual_encoder.blocks.0.mlp.fc1.weight", 2)[0],
         "num_channels": channels,
         "image_size": grid * patch,
         "patch_size": patch,
@@ -321,13 +322,6 @@ def _refuse_other_sizes(options: Mapping[str, Any], sizes: Mapping[str, int]) ->
             raise ConversionError(
                 f"{option} of the configuration is {options[option]}, the shapes of the weights say {size}: parts of two models?"
             )
-
-
-def _shape(state: Mapping[str, torch.Tensor], name: str, dimensions: int) -> torch.Size:
-    if name not in state or state[name].ndim != dimensions:
-        found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
-        raise ConversionError(f"{name} {found}, so the model's sizes cannot be told")
-    return state[name].shape
 
 
 # ------------------------------------------------------------------------------------------------ and back

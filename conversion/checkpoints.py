@@ -12,7 +12,9 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -104,6 +106,14 @@ def read_checkpoint(path, sha256: str | None = None) -> dict[str, torch.Tensor]:
     if sha256:
         raise CheckpointError(path, "a SHA-256 was given but this is a folder", "name the weight file itself")
     return _read_folder(path)
+
+
+@dataclass(frozen=True)
+class Original:
+    """A file of the original. state: its tensors. options: what the file tells besides, see the `infer_config` of its layouts."""
+
+    state: dict[str, torch.Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def read_content(path, sha256: str | None = None):

@@ -14,21 +14,28 @@ the released code does, or one that fills masks (`--task mlm`). Every other task
 """
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import BertTokenizer
 
 from conversion.albef_layouts import INTEGERS, infer_config, refuse_untied, table_of
 from conversion.albef_task_layouts import task_of, without_place
-from conversion.checkpoints import CheckpointError, find_state_dict, read_content, strip_prefixes
-from conversion.saving import command_line, fill, refuse_no_numbers, run_or_exit, save
+from conversion.checkpoints import CheckpointError, Original, find_state_dict, read_content, strip_prefixes
+from conversion.preprocessing import bert_tokenizer, read_json, refuse_other_vocabulary
+from conversion.saving import (
+    Converted,
+    build_model,
+    command_line,
+    counted_parts,
+    refuse_no_numbers,
+    run_or_exit,
+    save,
+)
 from conversion.tables import ConversionError, convert
 from hf_vlp.data.annotation_lists import read_answer_list
 from hf_vlp.inputs.vocabulary import without_end_mark
@@ -62,26 +69,8 @@ SECTIONS = ("bert_config", "vit", "yaml")
 # ------------------------------------------------------------------------------------------------ reading
 
 
-@dataclass(frozen=True)
-class Original:
-    """A file of the original. state: its tensors. options: what is known of its configurations, see `infer_config`."""
-
-    state: dict[str, torch.Tensor]
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A model of ours to be: its class, configuration and state dict, and what of the file has no place in it."""
-
-    model_class: type
-    config: VlpAlbefConfig
-    state: dict[str, torch.Tensor]
-    left_out: list[str]
-
-
 def read_original(path, sha256: str | None = None) -> Original:
-    """The tensors of a file and the run's configuration beside them; what a training script keeps besides is passed over.
+    """The tensors of a file, and the run's configuration among the options; what a training script keeps besides is passed over.
 
     Raises:
         CheckpointError: see `read_content` and `find_state_dict`; or a `config` that is none.
@@ -184,10 +173,7 @@ def read_options(path: Path | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ConversionError(
             f"{path} holds a {type(content).__name__}, not the configuration of the released code as an object"
@@ -247,11 +233,6 @@ def load_model(
     return build_model(converted, dtype)
 
 
-def build_model(converted: Converted, dtype: torch.dtype = torch.float32):
-    """Our class filled with a converted state dict, every entry of it used and none missing."""
-    return fill(converted.model_class, converted.config, converted.state, dtype)
-
-
 def build_processor(config: VlpAlbefConfig, vocabulary: Path | None, questions: bool = False):
     """The processor of a converted model; None without a vocabulary.
 
@@ -267,13 +248,8 @@ def build_processor(config: VlpAlbefConfig, vocabulary: Path | None, questions: 
 
     if vocabulary is None:
         return None
-    if not vocabulary.is_file() or vocabulary.suffix == ".json":
-        raise ConversionError(f"{vocabulary} is no vocabulary of this model: it needs vocab.txt, one word piece a line")
-    tokenizer = BertTokenizer(vocab=str(vocabulary), model_max_length=config.text_config.max_position_embeddings)
-    if len(tokenizer) != config.text_config.vocab_size:
-        raise ConversionError(
-            f"the vocabulary has {len(tokenizer)} entries, the model {config.text_config.vocab_size}: this is another model's vocabulary"
-        )
+    tokenizer = bert_tokenizer(vocabulary, config.text_config.max_position_embeddings)
+    refuse_other_vocabulary(tokenizer, config.text_config.vocab_size)
     side = config.vision_config.image_size
     cleaning = {"text_cleaning": "question", "max_words": TESTED_WORDS} if questions else {}
     images = VlpAlbefImageProcessor(size={"height": side, "width": side})
@@ -306,11 +282,7 @@ def summary(model, left_out: list[str]) -> str:
         facts["answer_decoder"] = f"{config.answer_layers} layers, {listed}"
     if isinstance(model, VlpAlbefForTextAssignment) and not model.assignment_head.weight.any():
         facts["assignment_head"] = "zeros: the file has none"
-    sizes["total"] = sum(sizes.values())
-    lines = [f"{part:<24} {sizes[part]:>13,} parameters  {facts.get(part, '')}".rstrip() for part in sizes]
-    if left_out:
-        lines.append(f"left out, without a place there: {', '.join(sorted(left_out))}")
-    return "\n".join(lines)
+    return counted_parts(sizes, facts, left_out)
 
 
 @torch.no_grad()

@@ -11,11 +11,10 @@ match, as in the paper's zero-shot retrieval.
 """
 
 import argparse
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,24 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertTokenizer, ViltConfig
 
-from conversion.checkpoints import CheckpointError, find_state_dict, read_checkpoint, read_content, strip_prefixes
-from conversion.preprocessing import SAME_FIELDS
-from conversion.saving import command_line, fill, refuse_no_numbers, run_or_exit, save
+from conversion.checkpoints import (
+    CheckpointError,
+    Original,
+    find_state_dict,
+    read_checkpoint,
+    read_content,
+    strip_prefixes,
+)
+from conversion.preprocessing import SAME_FIELDS, bert_tokenizer, read_json, refuse_other_vocabulary
+from conversion.saving import (
+    Converted,
+    build_model,
+    command_line,
+    counted_parts,
+    refuse_no_numbers,
+    run_or_exit,
+    save,
+)
 from conversion.tables import ConversionError, Table, convert
 from conversion.vilt_layouts import (
     MODALITIES,
@@ -68,26 +82,8 @@ TRUTH = {0: "False", 1: "True"}
 # ------------------------------------------------------------------------------------------------ reading
 
 
-@dataclass(frozen=True)
-class Original:
-    """A file of the original. state: its tensors. options: of the `config` in its `hyper_parameters`."""
-
-    state: dict[str, torch.Tensor]
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A model of ours to be: its class, configuration and state dict, and the names of ours that the class has no place for."""
-
-    model_class: type
-    config: VlpViltConfig
-    state: dict[str, torch.Tensor]
-    left_out: list[str]
-
-
 def read_original(path, sha256: str | None = None) -> Original:
-    """The tensors of a file and the options beside them; what a trainer keeps besides is passed over.
+    """The tensors of a file and the options in the `config` of its `hyper_parameters`; what a trainer keeps besides is passed over.
 
     Raises:
         CheckpointError: see `read_content` and `find_state_dict`; or `hyper_parameters` that are none.
@@ -251,18 +247,11 @@ def read(
 
 
 def _fields_of(folder: Path) -> dict[str, Any]:
-    fields = _read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
     if not isinstance(fields, dict) or fields.get("model_type") != ViltConfig.model_type:
         found = fields.get("model_type") if isinstance(fields, dict) else None
         raise ConversionError(f"{folder} holds a {found} model, not a ViLT of transformers")
     return fields
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def read_options(path: Path | None) -> dict[str, Any]:
@@ -271,7 +260,7 @@ def read_options(path: Path | None) -> dict[str, Any]:
     Raises:
         ConversionError: missing, not JSON, or no object.
     """
-    content = {} if path is None else _read_json(path)
+    content = {} if path is None else read_json(path)
     options = content.get("config", content) if isinstance(content, dict) else content
     if not isinstance(options, dict):
         raise ConversionError(
@@ -286,7 +275,7 @@ def read_answers(path: Path, count: int) -> dict[int, str]:
     Raises:
         ConversionError: not JSON, or not each of `count` labels with an answer of its own.
     """
-    content = _read_json(path)
+    content = read_json(path)
     content = content.get("id2answer", content) if isinstance(content, dict) else content
     pairs = (
         list(enumerate(content))
@@ -327,11 +316,6 @@ def load_model(
     return build_model(converted, dtype)
 
 
-def build_model(converted: Converted, dtype: torch.dtype = torch.float32):
-    """Our class filled with a converted state dict, every entry of it used and none missing."""
-    return fill(converted.model_class, converted.config, converted.state, dtype)
-
-
 def build_processor(config: VlpViltConfig, checkpoint: Path, vocabulary: Path | None, image_size: int | None = None):
     """The processor of a converted model; None without a vocabulary.
 
@@ -348,24 +332,17 @@ def build_processor(config: VlpViltConfig, checkpoint: Path, vocabulary: Path | 
 
     longest = config.max_position_embeddings
     if vocabulary is not None:
-        if not vocabulary.is_file() or vocabulary.suffix == ".json":
-            raise ConversionError(
-                f"{vocabulary} is no vocabulary of this model: it needs vocab.txt, one word piece a line"
-            )
-        tokenizer = BertTokenizer(vocab=str(vocabulary), model_max_length=longest)
+        tokenizer = bert_tokenizer(vocabulary, longest)
     elif (checkpoint / "tokenizer_config.json").exists() or (checkpoint / "vocab.txt").exists():
         tokenizer = BertTokenizer.from_pretrained(checkpoint, model_max_length=longest)
     else:
         return None
-    if len(tokenizer) != config.vocab_size:
-        raise ConversionError(
-            f"the vocabulary has {len(tokenizer)} entries, the model {config.vocab_size}: this is another model's vocabulary"
-        )
+    refuse_other_vocabulary(tokenizer, config.vocab_size)
     shorter = image_size or config.image_size
     options = {"size": {"shortest_edge": shorter}, "size_divisor": config.patch_size}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (checkpoint / name).exists():
-            stored = _read_json(checkpoint / name)
+            stored = read_json(checkpoint / name)
             stored = stored.get("image_processor", stored)
             known = (name for name in (*SAME_FIELDS, "size_divisor", "do_pad") if "crop" not in name)
             options |= {name: stored[name] for name in known if stored.get(name) is not None}
@@ -383,11 +360,7 @@ def summary(model, left_out: list[str]) -> str:
     facts = f"{config.num_hidden_layers} blocks of width {config.hidden_size} with {config.num_attention_heads} heads, patches of "
     facts += f"{config.patch_size}, table for {config.image_size} px, {config.max_position_embeddings} tokens out of {config.vocab_size}"
     facts = {"transformer": facts, "total": type(model).__name__}
-    sizes["total"] = sum(sizes.values())
-    lines = [f"{part:<24} {sizes[part]:>13,} parameters  {facts.get(part, '')}".rstrip() for part in sizes]
-    if left_out:
-        lines.append(f"left out, without a place there: {', '.join(sorted(left_out))}")
-    return "\n".join(lines)
+    return counted_parts(sizes, facts, left_out)
 
 
 @torch.no_grad()

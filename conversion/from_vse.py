@@ -8,9 +8,7 @@ The tables of names are in `conversion/vse_layouts.py`; `conversion/to_original.
 """
 
 import argparse
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from conversion.checkpoints import CheckpointError, find_state_dict, read_content, strip_prefixes
+from conversion.checkpoints import CheckpointError, Original, find_state_dict, read_content, strip_prefixes
+from conversion.preprocessing import read_json
 from conversion.saving import command_line, fill, refuse_no_numbers, run_or_exit, save
 from conversion.tables import ConversionError, convert
 from conversion.vse_layouts import (
@@ -39,16 +38,8 @@ from hf_vlp.models.vse.modeling_vse import VlpVseForPreTraining, VlpVseGridModel
 Config = VlpVseConfig | VlpVseGridConfig
 
 
-@dataclass(frozen=True)
-class Original:
-    """A file of the original. state: its tensors, both encoders' behind `img_enc.` and `txt_enc.`. options: of `opt`."""
-
-    state: dict[str, torch.Tensor]
-    options: dict[str, Any] = field(default_factory=dict)
-
-
 def read_original(path, sha256: str | None = None) -> Original:
-    """The tensors of a file and the options beside them; prefixes of DataParallel are removed.
+    """The tensors of a file (the encoders' behind `img_enc.` and `txt_enc.`) and the options of `opt`; DataParallel's prefixes are removed.
 
     Raises:
         CheckpointError: see `read_content`; or neither a state dict nor {"model": [image encoder, text encoder], ...}.
@@ -296,10 +287,7 @@ def read_told(path: Path | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
+    content = read_json(path)
     if isinstance(content, dict) and any(isinstance(content.get(name), dict) for name in ("opt", "bert", "backbone")):
         return content
     if isinstance(content, dict) and "num_attention_heads" in content:

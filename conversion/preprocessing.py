@@ -1,4 +1,4 @@
-"""How a published folder prepares its pictures, as options of our image processors.
+"""How a published folder prepares its pictures, as options of our image processors, and its words.
 
 Sources: open_clip's `preprocess_cfg` (its `PreprocessCfg`), transformers' preprocessor_config.json and, since version 5, the part
 `image_processor` of processor_config.json.
@@ -6,6 +6,9 @@ Sources: open_clip's `preprocess_cfg` (its `PreprocessCfg`), transformers' prepr
 
 import json
 from pathlib import Path
+from typing import Any
+
+from transformers import BertTokenizer
 
 from conversion.tables import ConversionError
 
@@ -25,6 +28,29 @@ SAME_FIELDS = (
 )
 # What ours computes of open_clip's choices; absent means the same there.
 OPEN_CLIP_FIXED = {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB"}
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; raises ConversionError where it is missing or none."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def bert_tokenizer(vocabulary: Path, longest: int) -> BertTokenizer:
+    """The tokenizer of a vocab.txt of BERT, for texts of up to `longest` tokens; raises ConversionError for another file."""
+    if not vocabulary.is_file() or vocabulary.suffix == ".json":
+        raise ConversionError(f"{vocabulary} is no vocabulary of this model: it needs vocab.txt, one word piece a line")
+    return BertTokenizer(vocab=str(vocabulary), model_max_length=longest)
+
+
+def refuse_other_vocabulary(tokenizer: BertTokenizer, size: int) -> None:
+    """Raises ConversionError for a tokenizer of another size than the model's word embeddings."""
+    if len(tokenizer) != size:
+        raise ConversionError(
+            f"the vocabulary has {len(tokenizer)} entries, the model {size}: this is another model's vocabulary"
+        )
 
 
 def image_options(folder: Path, image_size: int) -> dict:

@@ -2,10 +2,11 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig
 
 from conversion.checkpoints import CheckpointError
 from conversion.tables import ConversionError
@@ -13,6 +14,16 @@ from hf_vlp.export.hub import push_to_hub, write_card
 from hf_vlp.files import whole_folder
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model of ours to be: its class, configuration and state dict, and what of the file has no place in it."""
+
+    model_class: type
+    config: PreTrainedConfig
+    state: dict[str, torch.Tensor]
+    left_out: list[str]
 
 
 def refuse_no_numbers(name: str, tensor: torch.Tensor) -> None:
@@ -43,6 +54,20 @@ def fill(model_class: type, config, state: Mapping[str, torch.Tensor], dtype: to
     if left := {key: names for key, names in info.items() if names}:
         raise ConversionError(f"loading into {model_class.__name__} left over: {left}")
     return model.eval()
+
+
+def build_model(converted: Converted, dtype: torch.dtype = torch.float32):
+    """`fill` with what was converted."""
+    return fill(converted.model_class, converted.config, converted.state, dtype)
+
+
+def counted_parts(sizes: Mapping[str, int], facts: Mapping[str, str], left_out: list[str]) -> str:
+    """A line for each part with its parameters and what is known of it, one for all, "total", and one for what was left out."""
+    sizes = {**sizes, "total": sum(sizes.values())}
+    lines = [f"{part:<24} {size:>13,} parameters  {facts.get(part, '')}".rstrip() for part, size in sizes.items()]
+    if left_out:
+        lines.append(f"left out, without a place there: {', '.join(sorted(left_out))}")
+    return "\n".join(lines)
 
 
 def check_saved(

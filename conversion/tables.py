@@ -279,6 +279,14 @@ def refuse_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
         raise ConversionError("shapes do not fit:\n" + "\n".join(lines) + ("\n  ..." if len(wrong) > 20 else ""))
 
 
+def told_shape(state: Mapping[str, torch.Tensor], name: str, dimensions: int) -> torch.Size:
+    """The shape of a tensor that sizes are told by; raises ConversionError where it is missing or has other dimensions."""
+    if name not in state or state[name].ndim != dimensions:
+        found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
+        raise ConversionError(f"{name} {found}, so the model's sizes cannot be told")
+    return state[name].shape
+
+
 def _listing(title: str, names: Mapping, limit: int = 20) -> str:
     lines = [f"{title} ({len(names)}):"]
     for name, tensor in list(names.items())[:limit]:

@@ -30,6 +30,7 @@ from conversion.tables import (
     refuse_difference,
     refuse_shapes,
     revert,
+    told_shape,
 )
 from hf_vlp.models.vilt.configuration_vilt import VlpViltConfig
 
@@ -242,9 +243,9 @@ def infer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, Any] |
             f"this is no ViLT checkpoint: it looks like {looks_like(state)}.\n- found ({len(state)} entries):\n{found}\n"
             f"+ expected: transformer.pos_embed, {MODALITIES}, text_embeddings.*, transformer.blocks.*"
         )
-    vocabulary, width = _shape(state, "text_embeddings.word_embeddings.weight", 2)
-    _, channels, patch, _ = _shape(state, "transformer.patch_embed.proj.weight", 4)
-    rows, modalities = _shape(state, "transformer.pos_embed", 3)[1] - 1, _shape(state, MODALITIES, 2)[0]
+    vocabulary, width = told_shape(state, "text_embeddings.word_embeddings.weight", 2)
+    _, channels, patch, _ = told_shape(state, "transformer.patch_embed.proj.weight", 4)
+    rows, modalities = told_shape(state, "transformer.pos_embed", 3)[1] - 1, told_shape(state, MODALITIES, 2)[0]
     grid = math.isqrt(max(rows, 0))
     if grid**2 != rows or not rows:
         raise ConversionError(
@@ -259,9 +260,9 @@ def infer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, Any] |
         "num_hidden_layers": len(
             {match[1] for name in state if (match := re.match(r"transformer\.blocks\.(\d+)\.", name))}
         ),
-        "intermediate_size": _shape(state, "transformer.blocks.0.mlp.fc1.weight", 2)[0],
-        "max_position_embeddings": _shape(state, "text_embeddings.position_embeddings.weight", 2)[0],
-        "type_vocab_size": _shape(state, "text_embeddings.token_type_embeddings.weight", 2)[0],
+        "intermediate_size": told_shape(state, "transformer.blocks.0.mlp.fc1.weight", 2)[0],
+        "max_position_embeddings": told_shape(state, "text_embeddings.position_embeddings.weight", 2)[0],
+        "type_vocab_size": told_shape(state, "text_embeddings.token_type_embeddings.weight", 2)[0],
         "patch_size": patch,
         "num_channels": channels,
     }
@@ -279,7 +280,7 @@ def infer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, Any] |
             )
     limit = options.get("max_image_len", -1)
     heads = heads_of(state)
-    answers = {"num_labels": _shape(state, "vqa_classifier.3.weight", 2)[0]} if "vqa" in heads else {}
+    answers = {"num_labels": told_shape(state, "vqa_classifier.3.weight", 2)[0]} if "vqa" in heads else {}
     try:
         return VlpViltConfig(
             **sizes,
@@ -300,13 +301,6 @@ def _refuse_other_types(options: Mapping[str, Any]) -> None:
     for name, kind in {**dict.fromkeys(whole, int), "drop_rate": int | float}.items():
         if name in options and (not isinstance(options[name], kind) or isinstance(options[name], bool)):
             raise ConversionError(f"{name} of the configuration is {options[name]!r:.60}, which is no number")
-
-
-def _shape(state: Mapping[str, torch.Tensor], name: str, dimensions: int) -> torch.Size:
-    if name not in state or state[name].ndim != dimensions:
-        found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
-        raise ConversionError(f"{name} {found}, so the model's sizes cannot be told")
-    return state[name].shape
 
 
 SAME_FIELDS = (

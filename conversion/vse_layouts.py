@@ -14,7 +14,7 @@ import torch
 from transformers import BertConfig
 
 from conversion.checkpoints import looks_like
-from conversion.tables import ConversionError, Drop, Rename, Row, find_row, revert
+from conversion.tables import ConversionError, Drop, Rename, Row, find_row, revert, told_shape
 from hf_vlp.models.vse.configuration_vse import VlpVseConfig, VlpVseGridConfig, VlpVseGruConfig
 
 SIDES = ("img_enc", "txt_enc")  # of the list `model` in a checkpoint, in this order
@@ -219,13 +219,19 @@ def infer_config(
     options, told = options or {}, told or {}
     _refuse_other_types(options)
     regions = "img_enc.fc.weight" in state
-    projection = _shape(state, "img_enc.fc.weight" if regions else "img_enc.image_encoder.fc.weight", 2)
-    gru = _shape(state, "txt_enc.gpool.gru.weight_ih_l0", 2)[1], _shape(state, "txt_enc.gpool.gru.weight_hh_l0", 2)[1]
+    projection = told_shape(state, "img_enc.fc.weight" if regions else "img_enc.image_encoder.fc.weight", 2)
+    gru = (
+        told_shape(state, "txt_enc.gpool.gru.weight_ih_l0", 2)[1],
+        told_shape(state, "txt_enc.gpool.gru.weight_hh_l0", 2)[1],
+    )
     _refuse_other("opt", options, {"embed_size": projection[0], "img_dim": projection[1]})
     _refuse_other("gpo", told.get("gpo", {}), {"d_pe": gru[0], "d_hidden": gru[1]})
     fields: dict[str, Any] = {}
     if regions:
-        fields = {"region_size": projection[1], "region_mlp_size": _shape(state, "img_enc.mlp.layers.0.weight", 2)[0]}
+        fields = {
+            "region_size": projection[1],
+            "region_mlp_size": told_shape(state, "img_enc.mlp.layers.0.weight", 2)[0],
+        }
     else:
         backbone = {
             name.removeprefix("img_enc.backbone.resnet."): tensor
@@ -249,22 +255,22 @@ def infer_config(
 
 def _text_config(state: Mapping[str, torch.Tensor], options: Mapping, bert: Mapping) -> BertConfig | VlpVseGruConfig:
     if "txt_enc.embed.weight" in state:
-        vocabulary, width = _shape(state, "txt_enc.embed.weight", 2)
+        vocabulary, width = told_shape(state, "txt_enc.embed.weight", 2)
         layers = _count(state, r"txt_enc\.rnn\.weight_hh_l(\d+)$")
         _refuse_other("opt", options, {"vocab_size": vocabulary, "word_dim": width, "num_layers": layers})
-        hidden = _shape(state, "txt_enc.rnn.weight_hh_l0", 2)[1]
+        hidden = told_shape(state, "txt_enc.rnn.weight_hh_l0", 2)[1]
         return VlpVseGruConfig(
             vocab_size=vocabulary, embedding_size=width, hidden_size=hidden, num_hidden_layers=layers
         )
     embeddings = "txt_enc.bert.embeddings"
-    vocabulary, width = _shape(state, f"{embeddings}.word_embeddings.weight", 2)
+    vocabulary, width = told_shape(state, f"{embeddings}.word_embeddings.weight", 2)
     sizes = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "num_hidden_layers": _count(state, r"txt_enc\.bert\.encoder\.layer\.(\d+)\."),
-        "intermediate_size": _shape(state, "txt_enc.bert.encoder.layer.0.intermediate.dense.weight", 2)[0],
-        "max_position_embeddings": _shape(state, f"{embeddings}.position_embeddings.weight", 2)[0],
-        "type_vocab_size": _shape(state, f"{embeddings}.token_type_embeddings.weight", 2)[0],
+        "intermediate_size": told_shape(state, "txt_enc.bert.encoder.layer.0.intermediate.dense.weight", 2)[0],
+        "max_position_embeddings": told_shape(state, f"{embeddings}.position_embeddings.weight", 2)[0],
+        "type_vocab_size": told_shape(state, f"{embeddings}.token_type_embeddings.weight", 2)[0],
     }
     _refuse_other("bert", bert, sizes)
     heads = bert.get("num_attention_heads") or usual_heads(width)
@@ -291,9 +297,9 @@ def infer_grid_config(
     """
     options, told = options or {}, told or {}
     _refuse_other_types(options)
-    stem = _shape(state, "conv1.weight", 4)
+    stem = told_shape(state, "conv1.weight", 4)
     stages = range(1, _count(state, r"layer(\d+)\.") + 1)
-    inner = [_shape(state, f"layer{stage}.0.conv2.weight", 4) for stage in stages]  # [out, in / groups, 3, 3]
+    inner = [told_shape(state, f"layer{stage}.0.conv2.weight", 4) for stage in stages]  # [out, in / groups, 3, 3]
     sizes = {
         "layers": [_count(state, rf"layer{stage}\.(\d+)\.") for stage in stages],
         "stem_channels": stem[0],
@@ -311,7 +317,7 @@ def infer_grid_config(
         graph=graph or graph_of_source(source),
         embedding_size=stem[0],
         depths=sizes["layers"],
-        hidden_sizes=[_shape(state, f"layer{stage}.0.conv3.weight", 4)[0] for stage in stages],
+        hidden_sizes=[told_shape(state, f"layer{stage}.0.conv3.weight", 4)[0] for stage in stages],
         bottleneck_sizes=sizes["bottleneck_channels"],
         groups=sizes["groups"],
         num_channels=stem[1],
@@ -329,13 +335,6 @@ def graph_of_source(source: str) -> str:
     if graph is None:
         raise ConversionError(f"backbone_source {source!r} is unknown: the original has {', '.join(GRAPHS_OF_SOURCES)}")
     return graph
-
-
-def _shape(state: Mapping[str, torch.Tensor], name: str, dimensions: int) -> torch.Size:
-    if name not in state or state[name].ndim != dimensions:
-        found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
-        raise ConversionError(f"{name} {found}, so the model's sizes cannot be told")
-    return state[name].shape
 
 
 def _count(state: Mapping[str, torch.Tensor], pattern: str) -> int:

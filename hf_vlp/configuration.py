@@ -25,11 +25,23 @@ def refuse_near_misses(config: PreTrainedConfig, unknown: dict) -> None:
             raise TypeError(f"{type(config).__name__} has no field {key!r}: did you mean {near[0]!r}?")
 
 
-class OwnArchitectureOnly:
-    """Mixed into a configuration in front of `PreTrainedConfig`: refuses the file of another architecture.
+class CheckedConfig:
+    """Mixed into a configuration in front of `PreTrainedConfig`: refuses misspelt fields and the file of another architecture.
 
-    transformers only warns, and builds a model of defaults whose every weight is then random.
+    Of the latter transformers only warns, and builds a model of defaults whose every weight is then random. Parts may be given by name,
+    see `tower_by_name`, where their fields allow text.
     """
+
+    def __post_init__(self, **kwargs):
+        refuse_near_misses(self, kwargs)
+        for key in self.sub_configs_defaults:
+            if isinstance(getattr(self, key), str):
+                setattr(self, key, tower_by_name(getattr(self, key)))
+        self.complete()
+        super().__post_init__(**kwargs)
+
+    def complete(self) -> None:
+        """What a class derives of its fields, before the configurations of its parts are made and anything is checked."""
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

@@ -30,7 +30,7 @@ class PictureKwargs(ImagesKwargs, total=False):
 
 
 class Pictures:
-    """Goes before transformers' backend among the bases of an image processor: files, and checks of what was handed in."""
+    """Goes before transformers' backend among the bases of an image processor: files, checks and pixels of what was handed in."""
 
     valid_kwargs = PictureKwargs
     background = None
@@ -73,6 +73,22 @@ class Pictures:
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim not in (3, 4):
             raise ValueError(f"an array of pictures must have 2, 3 or 4 axes, got shape {tuple(images.shape)}")
         return super()._prepare_images_structure(images, expected_ndims)
+
+    def process_image(self, image: Any, device: Any = None, **options) -> torch.Tensor:
+        """Any accepted picture -> uint8 [3, h, w], or with its own channels where it is not to be converted."""
+        pixels = as_rgb(image, **options)
+        return pixels if device is None else pixels.to(device)
+
+
+class PilPictures(Pictures):
+    """The same for a backend that works on PIL images."""
+
+    def process_image(
+        self, image: Any, do_convert_rgb: bool = True, input_data_format: Any = None, **options
+    ) -> Image.Image:
+        """Any accepted picture -> PIL image in RGB, or in its own mode where it is not to be converted."""
+        picture = as_wished(as_picture(image, input_data_format), **options)
+        return transforms.to_rgb(picture) if do_convert_rgb else picture
 
 
 def pictures_or_pairs(image_processor: Any, images: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,15 @@ def mask_of_keys(
     return mask
 
 
+class AttendsInAnyWay:
+    """Mixed into a `PreTrainedModel` in front of it: what attends there does so by any implementation that transformers has."""
+
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
 class Attention(nn.Module):
     """Multi-head attention ("Attention Is All You Need", section 3.2.2), scale 1/sqrt(head size).
 

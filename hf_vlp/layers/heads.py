@@ -20,6 +20,16 @@ class MaskedTokenHead(nn.Module):
         return self.decoder(self.norm(self.activation(self.dense(states))))
 
 
+class PredictsWords:
+    """Mixed into a `PreTrainedModel` in front of it: the decoder of its `mlm_head`, if it has one, predicts its words."""
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        return self.mlm_head.decoder if hasattr(self, "mlm_head") else None
+
+    def set_output_embeddings(self, value: nn.Linear):
+        self.mlm_head.decoder = value
+
+
 class ClassifierHead(nn.Module):
     """Linear(D, hidden) -> layer norm -> activation -> Linear(hidden, K)."""
 

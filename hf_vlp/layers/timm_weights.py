@@ -28,17 +28,20 @@ def timm_state_dict(tower: Any) -> dict[str, torch.Tensor]:
     return timm.create_model(name, pretrained=True).state_dict()
 
 
-def timm_blocks(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The blocks alone, named as `Block`: "<number>.attention.q_proj.weight", ... of "blocks.<number>.attn.qkv.weight", ..."""
-    ours = {}
+def timm_weights(state: dict[str, torch.Tensor], embeddings: str) -> dict[str, torch.Tensor]:
+    """All but class token and positions under our names: patches in the module `embeddings`, the last norm, and the blocks as of
+    `Encoder`: "encoder.layers.<number>.attention.q_proj.weight", ... of "blocks.<number>.attn.qkv.weight", ..."""
+    ours = {f"{embeddings}.patch_embedding.{kind}": state[f"patch_embed.proj.{kind}"] for kind in ("weight", "bias")}
+    ours |= {name: state[name] for name in ("norm.weight", "norm.bias")}
     for name, tensor in state.items():
         match = _BLOCK.fullmatch(name)
         if match is None:
             continue
         number, part, kind = match.groups()
+        block = f"encoder.layers.{number}"
         if part == "attn.qkv":
             for projection, rows in zip(_PARTS, tensor.chunk(3), strict=True):
-                ours[f"{number}.attention.{projection}.{kind}"] = rows
+                ours[f"{block}.attention.{projection}.{kind}"] = rows
         else:
-            ours[f"{number}.{part.replace('attn.proj', 'attention.out_proj')}.{kind}"] = tensor
+            ours[f"{block}.{part.replace('attn.proj', 'attention.out_proj')}.{kind}"] = tensor
     return ours

@@ -12,11 +12,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from hf_vlp.layers.attention import mask_of_keys
 from hf_vlp.layers.heads import MaskedTokenHead
 from hf_vlp.layers.packing import group_sizes
-from hf_vlp.layers.post_norm import PostNormBlock
 from hf_vlp.layers.text_embeddings import TextEmbeddings
 from hf_vlp.layers.towers import require_shape
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
-from hf_vlp.models.albef.modeling_albef import VlpAlbefModel, images_of_texts
+from hf_vlp.models.albef.modeling_albef import VlpAlbefModel, bert_blocks, images_of_texts
 from hf_vlp.models.albef.tasks_albef import VlpAlbefTask, joint, require_words_and_images
 from hf_vlp.objectives.distillation import IGNORED
 
@@ -39,21 +38,7 @@ class VlpAlbefAnswerDecoder(nn.Module):
             dropout=sizes.hidden_dropout_prob,
             pad_token_id=text.pad_token_id,
         )
-        self.layers = nn.ModuleList(
-            PostNormBlock(
-                config,
-                sizes.hidden_size,
-                sizes.intermediate_size,
-                sizes.num_attention_heads,
-                hidden_act=sizes.hidden_act,
-                norm_eps=sizes.layer_norm_eps,
-                dropout=sizes.attention_probs_dropout_prob,
-                hidden_dropout=sizes.hidden_dropout_prob,
-                key_value_size=sizes.hidden_size,
-                is_causal=True,
-            )
-            for _ in range(config.answer_layers)
-        )
+        self.layers = nn.ModuleList(bert_blocks(config, sizes, sizes.hidden_size, config.answer_layers, is_causal=True))
         self.head = MaskedTokenHead(sizes.hidden_size, text.vocab_size, sizes.hidden_act, sizes.layer_norm_eps)
 
     @torch.no_grad()

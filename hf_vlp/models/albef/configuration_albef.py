@@ -8,18 +8,11 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_vlp.configuration import (
-    OwnArchitectureOnly,
-    refuse_near_misses,
-    require_choice,
-    require_heads_of_equal_width,
-    require_positive,
-    tower_by_name,
-)
+from hf_vlp.configuration import CheckedConfig, require_choice, require_heads_of_equal_width, require_positive
 
 
 @strict
-class VlpAlbefVisionConfig(OwnArchitectureOnly, PreTrainedConfig):
+class VlpAlbefVisionConfig(CheckedConfig, PreTrainedConfig):
     """The vision transformer (section 3.1).
 
     hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps: of its blocks; attention_dropout,
@@ -43,10 +36,6 @@ class VlpAlbefVisionConfig(OwnArchitectureOnly, PreTrainedConfig):
     hidden_dropout: float | int = 0.0
     initializer_range: float | int = 0.02
 
-    def __post_init__(self, **kwargs):
-        refuse_near_misses(self, kwargs)
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self):
         require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         require_positive(self, "num_channels", "image_size", "patch_size")
@@ -59,7 +48,7 @@ class VlpAlbefVisionConfig(OwnArchitectureOnly, PreTrainedConfig):
 
 
 @strict
-class VlpAlbefTextConfig(OwnArchitectureOnly, PreTrainedConfig):
+class VlpAlbefTextConfig(CheckedConfig, PreTrainedConfig):
     """The text encoder: the first half of BERT (section 3.1).
 
     vocab_size V, max_position_embeddings, type_vocab_size: rows of its tables. hidden_dropout_prob, attention_probs_dropout_prob: as in
@@ -83,10 +72,6 @@ class VlpAlbefTextConfig(OwnArchitectureOnly, PreTrainedConfig):
     initializer_range: float | int = 0.02
     pad_token_id: int | None = 0
 
-    def __post_init__(self, **kwargs):
-        refuse_near_misses(self, kwargs)
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self):
         require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         require_positive(self, "num_attention_heads", "max_position_embeddings", "type_vocab_size")
@@ -94,7 +79,7 @@ class VlpAlbefTextConfig(OwnArchitectureOnly, PreTrainedConfig):
 
 
 @strict
-class VlpAlbefMultimodalConfig(OwnArchitectureOnly, PreTrainedConfig):
+class VlpAlbefMultimodalConfig(CheckedConfig, PreTrainedConfig):
     """The multimodal encoder: the second half of BERT, whose layers attend to the image as well (section 3.1).
 
     hidden_size: that of the text encoder. The other fields as of `VlpAlbefTextConfig`.
@@ -113,17 +98,13 @@ class VlpAlbefMultimodalConfig(OwnArchitectureOnly, PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.1
     initializer_range: float | int = 0.02
 
-    def __post_init__(self, **kwargs):
-        refuse_near_misses(self, kwargs)
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self):
         require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         require_heads_of_equal_width(self)
 
 
 @strict
-class VlpAlbefConfig(OwnArchitectureOnly, PreTrainedConfig):
+class VlpAlbefConfig(CheckedConfig, PreTrainedConfig):
     """The three parts, their joint space and the training.
 
     vision_config, text_config, multimodal_config: of the parts (transformers keeps the name fusion_config for itself); text_config also
@@ -171,12 +152,6 @@ class VlpAlbefConfig(OwnArchitectureOnly, PreTrainedConfig):
     count_first_token_twice: bool = True
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
-
-    def __post_init__(self, **kwargs):
-        refuse_near_misses(self, kwargs)
-        if isinstance(self.text_config, str):
-            self.text_config = tower_by_name(self.text_config)
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         require_positive(self, "projection_dim", "queue_size")

@@ -40,7 +40,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hf_vlp.layers.attention import Attention, mask_of_keys
+from hf_vlp.layers.attention import AttendsInAnyWay, Attention, mask_of_keys
 from hf_vlp.layers.blocks import Block
 from hf_vlp.layers.encoder import Encoder
 from hf_vlp.layers.initialization import InitializesEveryModule, torch_default_
@@ -50,7 +50,7 @@ from hf_vlp.layers.patch_embedding import PatchEmbedding, resize_position_table
 from hf_vlp.layers.pooling import unit_rows
 from hf_vlp.layers.post_norm import KeyValues, PostNormBlock
 from hf_vlp.layers.text_embeddings import TextEmbeddings
-from hf_vlp.layers.timm_weights import timm_blocks, timm_state_dict
+from hf_vlp.layers.timm_weights import timm_state_dict, timm_weights
 from hf_vlp.layers.towers import (
     LoadsOutOfAPair,
     build_tower,
@@ -79,7 +79,7 @@ BERT_NAMES = {  # of transformers' BERT -> of our blocks
 TRAINING = r"^(temperature|itm_head|mlm_head|teacher|queue)\."  # what the base has no use for
 
 
-class VlpAlbefPreTrainedModel(InitializesEveryModule, PreTrainedModel):
+class VlpAlbefPreTrainedModel(InitializesEveryModule, AttendsInAnyWay, PreTrainedModel):
     """Initialisation and capabilities of every ALBEF class."""
 
     config: VlpAlbefConfig
@@ -88,10 +88,6 @@ class VlpAlbefPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ["Block", "PostNormBlock", "TextEmbeddings", "VlpAlbefVisionEmbeddings"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -268,8 +264,10 @@ class VlpAlbefTextModel(VlpAlbefTower):
         return BaseModelOutput(last_hidden_state=self.encoder(states, mask, **kwargs))
 
 
-def bert_blocks(config, sizes, key_value_size: int | None = None) -> list[PostNormBlock]:
-    """The blocks of a part with these `sizes`; `config` has the attention implementation."""
+def bert_blocks(
+    config, sizes, key_value_size: int | None = None, count: int | None = None, is_causal: bool = False
+) -> list[PostNormBlock]:
+    """The blocks of a part with these `sizes`, or `count` of them; `config` has the attention implementation."""
     return [
         PostNormBlock(
             config,
@@ -281,8 +279,9 @@ def bert_blocks(config, sizes, key_value_size: int | None = None) -> list[PostNo
             dropout=sizes.attention_probs_dropout_prob,
             hidden_dropout=sizes.hidden_dropout_prob,
             key_value_size=key_value_size,
+            is_causal=is_causal,
         )
-        for _ in range(sizes.num_hidden_layers)
+        for _ in range(sizes.num_hidden_layers if count is None else count)
     ]
 
 
@@ -429,11 +428,7 @@ class VlpAlbefModel(VlpAlbefPreTrainedModel):
         return {
             "embeddings.class_embedding": state["cls_token"].flatten(),
             "embeddings.position_embedding": resize_position_table(state["pos_embed"][0], grid),
-            "embeddings.patch_embedding.weight": state["patch_embed.proj.weight"],
-            "embeddings.patch_embedding.bias": state["patch_embed.proj.bias"],
-            "norm.weight": state["norm.weight"],
-            "norm.bias": state["norm.bias"],
-            **{f"encoder.layers.{key}": value for key, value in timm_blocks(state).items()},
+            **timm_weights(state, "embeddings"),
         }
 
     def _bert_weights(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

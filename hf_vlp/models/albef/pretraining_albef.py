@@ -6,7 +6,7 @@ from transformers.models.auto.modeling_auto import AutoModelForMaskedLM
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from hf_vlp.layers.attention import Attention
-from hf_vlp.layers.heads import MaskedTokenHead
+from hf_vlp.layers.heads import MaskedTokenHead, PredictsWords
 from hf_vlp.layers.logit_scale import Temperature
 from hf_vlp.layers.post_norm import KeyValues
 from hf_vlp.layers.towers import require_pairs, require_shape
@@ -249,7 +249,7 @@ def _require_batch(
     require_shape((count,), image_ids=image_ids, negative_image_index=image_index, negative_text_index=text_index)
 
 
-class VlpAlbefForPreTraining(VlpAlbefAligned):
+class VlpAlbefForPreTraining(PredictsWords, VlpAlbefAligned):
     """Contrast, matching and masked words, with soft targets by the momentum copy (sections 3.2 and 3.3)."""
 
     temperature_limits = True
@@ -310,12 +310,6 @@ class VlpAlbefForPreTraining(VlpAlbefAligned):
                 )
                 self.mlm_head.decoder.bias.data.copy_(head.decoder.bias)
         super().fill_tower(name, tower)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.mlm_head.decoder
-
-    def set_output_embeddings(self, value: nn.Linear):
-        self.mlm_head.decoder = value
 
     def masked_words(
         self,

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from hf_vlp.layers.attention import mask_of_keys
-from hf_vlp.layers.heads import MaskedTokenHead
+from hf_vlp.layers.heads import MaskedTokenHead, PredictsWords
 from hf_vlp.layers.towers import require_pairs, require_shape
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
 from hf_vlp.models.albef.modeling_albef import VlpAlbefModel, VlpAlbefTaught, bert_blocks, images_of_texts
@@ -237,7 +237,7 @@ class VlpAlbefForVisualReasoning(VlpAlbefOfTwoImages):
         return self.classify(predict, labels)
 
 
-class VlpAlbefForMaskedLM(VlpAlbefTask):
+class VlpAlbefForMaskedLM(PredictsWords, VlpAlbefTask):
     """Words behind masks, with the image in sight."""
 
     _keys_to_ignore_on_load_unexpected = [UNUSED.replace("mlm_head|", "")]
@@ -252,12 +252,6 @@ class VlpAlbefForMaskedLM(VlpAlbefTask):
         name = next(key for key, part in self.albef.named_modules() if part is words)
         self._tied_weights_keys = {"mlm_head.decoder.weight": f"albef.{name}.weight"}
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.mlm_head.decoder
-
-    def set_output_embeddings(self, value: nn.Linear):
-        self.mlm_head.decoder = value
 
     @merge_with_config_defaults
     @can_return_tuple

@@ -5,19 +5,12 @@ Defaults are ViT-B/32, the smallest vision transformer of the paper's table 20.
 """
 
 import math
-from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_vlp.configuration import (
-    OwnArchitectureOnly,
-    refuse_near_misses,
-    require_choice,
-    require_positive,
-    tower_by_name,
-)
+from hf_vlp.configuration import CheckedConfig, require_choice, require_positive
 
 
 def _heads_divide(config: PreTrainedConfig, width: int, name: str) -> None:
@@ -28,7 +21,7 @@ def _heads_divide(config: PreTrainedConfig, width: int, name: str) -> None:
 
 
 @strict
-class VlpClipTextConfig(OwnArchitectureOnly, PreTrainedConfig):
+class VlpClipTextConfig(CheckedConfig, PreTrainedConfig):
     """The causal text transformer (section 2.4).
 
     vocab_size V, hidden_size D, intermediate_size, num_hidden_layers, num_attention_heads (D // 64 in the paper);
@@ -54,10 +47,6 @@ class VlpClipTextConfig(OwnArchitectureOnly, PreTrainedConfig):
     eos_token_id: int | None = 49407
     pad_token_id: int | None = 49407
 
-    def __post_init__(self, **kwargs):
-        refuse_near_misses(self, kwargs)
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self):
         require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
         require_positive(self, "num_attention_heads")
@@ -67,7 +56,7 @@ class VlpClipTextConfig(OwnArchitectureOnly, PreTrainedConfig):
 
 
 @strict
-class VlpClipVisionConfig(OwnArchitectureOnly, PreTrainedConfig):
+class VlpClipVisionConfig(CheckedConfig, PreTrainedConfig):
     """The vision transformer (section 2.4: ViT with one more layer norm before the blocks).
 
     image_size R and patch_size give the position table (R // patch_size)^2 + 1; other sizes interpolate it.
@@ -87,10 +76,6 @@ class VlpClipVisionConfig(OwnArchitectureOnly, PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     attention_dropout: float | int = 0.0
 
-    def __post_init__(self, **kwargs):
-        refuse_near_misses(self, kwargs)
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self):
         require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
         require_positive(self, "image_size", "patch_size")
@@ -100,7 +85,7 @@ class VlpClipVisionConfig(OwnArchitectureOnly, PreTrainedConfig):
 
 
 @strict
-class VlpClipResNetConfig(OwnArchitectureOnly, PreTrainedConfig):
+class VlpClipResNetConfig(CheckedConfig, PreTrainedConfig):
     """The modified ResNet with attention pooling (section 2.4); defaults are RN50.
 
     width: channels after the stem (64 in RN50); layers: bottlenecks in each of the four stages; projection_dim E: width of the
@@ -127,10 +112,8 @@ class VlpClipResNetConfig(OwnArchitectureOnly, PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         return sum(self.layers)
 
-    def __post_init__(self, **kwargs):
-        refuse_near_misses(self, kwargs)
+    def complete(self) -> None:
         self.layers = list(self.layers)
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         require_positive(self, "width", "layers", "num_attention_heads", "num_channels", "projection_dim")
@@ -142,7 +125,7 @@ class VlpClipResNetConfig(OwnArchitectureOnly, PreTrainedConfig):
 
 
 @strict
-class VlpClipConfig(OwnArchitectureOnly, PreTrainedConfig):
+class VlpClipConfig(CheckedConfig, PreTrainedConfig):
     """Two towers and their joint space.
 
     text_config: a `VlpClipTextConfig`, any transformers text configuration, or a name ("FacebookAI/xlm-roberta-base", a folder).
@@ -174,15 +157,9 @@ class VlpClipConfig(OwnArchitectureOnly, PreTrainedConfig):
     classifier_input: str = "raw"
     initializer_range: float | int = 0.02
 
-    def __post_init__(self, **kwargs):
-        refuse_near_misses(self, kwargs)
-        for key in ("text_config", "vision_config"):
-            tower: Any = getattr(self, key)
-            if isinstance(tower, str):
-                setattr(self, key, tower_by_name(tower))
+    def complete(self) -> None:
         if self.logit_scale_max == "auto":
             self.logit_scale_max = None if self.contrastive_loss == "sigmoid" else math.log(100)
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         require_positive(self, "projection_dim")

@@ -28,7 +28,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_vlp.distributed import gather_with_gradient, gather_without_gradient, rank, world_size
-from hf_vlp.layers.attention import Attention
+from hf_vlp.layers.attention import AttendsInAnyWay, Attention
 from hf_vlp.layers.blocks import Block
 from hf_vlp.layers.encoder import Encoder
 from hf_vlp.layers.initialization import InitializesEveryModule, multihead_default_, torch_default_
@@ -117,7 +117,7 @@ class VlpClipVisionEmbeddings(nn.Module):
         return torch.cat([classes, tokens], dim=1) + positions
 
 
-class VlpClipPreTrainedModel(InitializesEveryModule, PreTrainedModel):
+class VlpClipPreTrainedModel(InitializesEveryModule, AttendsInAnyWay, PreTrainedModel):
     """Initialisation and capabilities of every CLIP class."""
 
     config: VlpClipConfig
@@ -126,10 +126,6 @@ class VlpClipPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ["Block", "Bottleneck", "VlpClipTextEmbeddings", "VlpClipVisionEmbeddings"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

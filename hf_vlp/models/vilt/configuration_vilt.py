@@ -7,17 +7,11 @@ Defaults are ViLT-B/32, the paper's only size, and its pre-training.
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from hf_vlp.configuration import (
-    OwnArchitectureOnly,
-    refuse_near_misses,
-    require_choice,
-    require_heads_of_equal_width,
-    require_positive,
-)
+from hf_vlp.configuration import CheckedConfig, require_choice, require_heads_of_equal_width, require_positive
 
 
 @strict
-class VlpViltConfig(OwnArchitectureOnly, PreTrainedConfig):
+class VlpViltConfig(CheckedConfig, PreTrainedConfig):
     """One stream of words and patches.
 
     vocab_size V, hidden_size D, num_hidden_layers, num_attention_heads, intermediate_size: of the transformer. hidden_act: of its blocks
@@ -57,10 +51,6 @@ class VlpViltConfig(OwnArchitectureOnly, PreTrainedConfig):
     wpa_solver: str = "ipot"
     wpa_beta: float | int = 0.5
     wpa_iterations: int = 50
-
-    def __post_init__(self, **kwargs):
-        refuse_near_misses(self, kwargs)
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         require_positive(

@@ -17,7 +17,7 @@ from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import PILImageResampling, SizeDict, pil_torch_interpolation_mapping
 
 from hf_vlp.inputs import image_transforms as transforms
-from hf_vlp.inputs.pictures import PictureKwargs, Pictures, as_picture, as_rgb, as_wished, finished
+from hf_vlp.inputs.pictures import PictureKwargs, Pictures, PilPictures, finished
 
 
 class VlpViltImageProcessorKwargs(PictureKwargs, total=False):
@@ -77,15 +77,8 @@ class _ViltOptions(Pictures):
         return BatchFeature({"pixel_values": values, "pixel_mask": mask}, tensor_type=return_tensors)
 
 
-class VlpViltImageProcessorPil(_ViltOptions, PilBackend):
+class VlpViltImageProcessorPil(PilPictures, _ViltOptions, PilBackend):
     """The exact backend: every number as the released code computes it with the Pillow of its time, whatever Pillow is installed."""
-
-    def process_image(
-        self, image: Any, do_convert_rgb: bool = True, input_data_format: Any = None, **options
-    ) -> Image.Image:
-        """Any accepted picture -> PIL image in RGB, or in its own mode where it is not to be converted."""
-        picture = as_wished(as_picture(image, input_data_format), **options)
-        return transforms.to_rgb(picture) if do_convert_rgb else picture
 
     def _preprocess(
         self,
@@ -116,11 +109,6 @@ class VlpViltImageProcessor(_ViltOptions, TorchvisionBackend):
 
     Same sizes and masks as the exact one; antialiased bicubic resizing of 8-bit numbers differs by a grey level or two here and there.
     """
-
-    def process_image(self, image: Any, device: Any = None, **options) -> torch.Tensor:
-        """Any accepted picture -> uint8 [3, h, w], or with its own channels where it is not to be converted."""
-        pixels = as_rgb(image, **options)
-        return pixels if device is None else pixels.to(device)
 
     def _preprocess(
         self,

@@ -33,15 +33,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_vlp.inputs.patch_selection import patch_mask, raster_patches
-from hf_vlp.layers.attention import Attention
+from hf_vlp.layers.attention import AttendsInAnyWay, Attention
 from hf_vlp.layers.blocks import Block
 from hf_vlp.layers.encoder import Encoder
-from hf_vlp.layers.heads import MaskedTokenHead
+from hf_vlp.layers.heads import MaskedTokenHead, PredictsWords
 from hf_vlp.layers.initialization import InitializesEveryModule, torch_default_
 from hf_vlp.layers.packing import read_states
 from hf_vlp.layers.patch_embedding import PatchEmbedding, fitted_positions, resize_position_table
 from hf_vlp.layers.text_embeddings import TextEmbeddings
-from hf_vlp.layers.timm_weights import timm_blocks, timm_state_dict
+from hf_vlp.layers.timm_weights import timm_state_dict, timm_weights
 from hf_vlp.layers.towers import require_pairs, take_weights
 from hf_vlp.models.vilt.configuration_vilt import VlpViltConfig
 from hf_vlp.objectives.masked_prediction import COLOURS, IGNORED, masked_prediction_loss, patch_colours
@@ -52,7 +52,7 @@ MATCH = 1  # row of the matching head
 Image = dict[str, torch.Tensor]
 
 
-class VlpViltPreTrainedModel(InitializesEveryModule, PreTrainedModel):
+class VlpViltPreTrainedModel(InitializesEveryModule, AttendsInAnyWay, PreTrainedModel):
     """Initialisation and capabilities of every ViLT class."""
 
     config: VlpViltConfig
@@ -61,10 +61,6 @@ class VlpViltPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ["Block", "TextEmbeddings", "VlpViltImageEmbeddings"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -270,11 +266,7 @@ class VlpViltModel(VlpViltPreTrainedModel):
         ours = {
             "image_embeddings.class_token": state["cls_token"],
             "image_embeddings.position_embedding": resize_position_table(state["pos_embed"][0], grid, mode="bilinear"),
-            "image_embeddings.patch_embedding.weight": state["patch_embed.proj.weight"],
-            "image_embeddings.patch_embedding.bias": state["patch_embed.proj.bias"],
-            "norm.weight": state["norm.weight"],
-            "norm.bias": state["norm.bias"],
-            **{f"encoder.layers.{key}": value for key, value in timm_blocks(state).items()},
+            **timm_weights(state, "image_embeddings"),
         }
         sizes = f"{self.config.num_hidden_layers} blocks, width {self.config.hidden_size}, patches of {self.config.patch_size}"
         take_weights(self, ours, ("encoder.",), f"the vision transformer given (wanted: {sizes})")
@@ -398,7 +390,7 @@ def images_of(model: VlpViltModel, image: dict[str, torch.Tensor | None]) -> Ima
     return given if "image_embeds" in given else model.encode_image(**given)
 
 
-class VlpViltForPreTraining(VlpViltPreTrainedModel):
+class VlpViltForPreTraining(PredictsWords, VlpViltPreTrainedModel):
     """Masked words, matching, word-patch alignment and masked patches (sections 3.2 and 3.3), whichever the configuration weighs.
 
     Masked words need masked text, matching needs whole text and sometimes another image: in one stream that is a pass each.
@@ -415,12 +407,6 @@ class VlpViltForPreTraining(VlpViltPreTrainedModel):
         if config.mpp_weight > 0:
             self.mpp_head = MaskedTokenHead(config.hidden_size, config.num_channels * COLOURS, *form)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear | None:
-        return self.mlm_head.decoder if hasattr(self, "mlm_head") else None
-
-    def set_output_embeddings(self, value: nn.Linear):
-        self.mlm_head.decoder = value
 
     def encode_image(self, *args, **kwargs) -> Image:
         """See `VlpViltModel.encode_image`."""

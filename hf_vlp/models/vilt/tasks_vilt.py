@@ -8,7 +8,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from hf_vlp.layers.heads import ClassifierHead, MaskedTokenHead
+from hf_vlp.layers.heads import ClassifierHead, MaskedTokenHead, PredictsWords
 from hf_vlp.layers.towers import require_pairs
 from hf_vlp.models.vilt.configuration_vilt import VlpViltConfig
 from hf_vlp.models.vilt.modeling_vilt import MATCH, Image, VlpViltModel, VlpViltPreTrainedModel, images_of
@@ -60,7 +60,7 @@ def classified(loss, logits: torch.Tensor, recorded: FusionOutput | dict) -> Seq
     )
 
 
-class VlpViltForMaskedLM(VlpViltTask):
+class VlpViltForMaskedLM(PredictsWords, VlpViltTask):
     """Words behind masks, with the image in sight."""
 
     _keys_to_ignore_on_load_unexpected = [PRETRAINING.replace("mlm_head", r"vilt\.pooler")]
@@ -71,12 +71,6 @@ class VlpViltForMaskedLM(VlpViltTask):
             config.hidden_size, config.vocab_size, config.hidden_act, config.text_layer_norm_eps
         )
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.mlm_head.decoder
-
-    def set_output_embeddings(self, value: nn.Linear):
-        self.mlm_head.decoder = value
 
     @merge_with_config_defaults
     @can_return_tuple

@@ -4,23 +4,15 @@ Paper: "Learning the Best Pooling Strategy for Visual Semantic Embedding", https
 Defaults are the paper's region model with BERT.
 """
 
-from typing import Any
-
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hf_vlp.configuration import (
-    OwnArchitectureOnly,
-    refuse_near_misses,
-    require_choice,
-    require_positive,
-    tower_by_name,
-)
+from hf_vlp.configuration import CheckedConfig, require_choice, require_positive
 
 
 @strict
-class VlpVseGridConfig(OwnArchitectureOnly, PreTrainedConfig):
+class VlpVseGridConfig(CheckedConfig, PreTrainedConfig):
     """The convolutional tower of the grid variants; defaults are the ResNet-101 of the bottom-up-attention detector.
 
     graph: "caffe" strides in the first 1x1 convolution and pools the stem without padding, rounding up; "torchvision" strides in the
@@ -52,11 +44,9 @@ class VlpVseGridConfig(OwnArchitectureOnly, PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         return sum(self.depths)
 
-    def __post_init__(self, **kwargs):
-        refuse_near_misses(self, kwargs)
+    def complete(self) -> None:
         for name in ("depths", "hidden_sizes", "bottleneck_sizes"):
             setattr(self, name, list(getattr(self, name)))
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         require_choice(self, graph=("caffe", "torchvision"))
@@ -69,7 +59,7 @@ class VlpVseGridConfig(OwnArchitectureOnly, PreTrainedConfig):
 
 
 @strict
-class VlpVseGruConfig(OwnArchitectureOnly, PreTrainedConfig):
+class VlpVseGruConfig(CheckedConfig, PreTrainedConfig):
     """The BiGRU text tower of the BiGRU variants.
 
     vocab_size V; embedding_size: of the word vectors; hidden_size: of each direction, which is the joint embedding's width E.
@@ -87,16 +77,12 @@ class VlpVseGruConfig(OwnArchitectureOnly, PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
 
-    def __post_init__(self, **kwargs):
-        refuse_near_misses(self, kwargs)
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self):
         require_positive(self, "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers")
 
 
 @strict
-class VlpVseConfig(OwnArchitectureOnly, PreTrainedConfig):
+class VlpVseConfig(CheckedConfig, PreTrainedConfig):
     """A text tower, an image side of regions or of a grid, and their pooling into one space.
 
     text_config: a BERT (the paper), a `VlpVseGruConfig`, any transformers text configuration, or a name ("google-bert/bert-base-uncased").
@@ -132,15 +118,9 @@ class VlpVseConfig(OwnArchitectureOnly, PreTrainedConfig):
     contrastive_targets: str = "identity"
     negatives: str = "global"
 
-    def __post_init__(self, **kwargs):
-        refuse_near_misses(self, kwargs)
-        for key in ("text_config", "vision_config"):
-            tower: Any = getattr(self, key)
-            if isinstance(tower, str):
-                setattr(self, key, tower_by_name(tower))
+    def complete(self) -> None:
         if self.region_mlp_size is None:
             self.region_mlp_size = self.projection_dim // 2
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         require_positive(self, "region_size", "projection_dim", "region_mlp_size", "position_size", "pooling_size")

@@ -14,7 +14,7 @@ from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import PILImageResampling, SizeDict
 
 from hf_vlp.inputs import image_transforms as transforms
-from hf_vlp.inputs.pictures import PictureKwargs, Pictures, as_rgb, finished
+from hf_vlp.inputs.pictures import PictureKwargs, Pictures, finished
 
 DETECTOR = "detector"  # in the name of every backbone taken from a detector
 IMAGENET_BACKBONES = ("wsl", "imagenet", "imagenet_res50", "imagenet_res152", "imagenet_resnext")
@@ -84,11 +84,6 @@ class _VseOptions(Pictures):
                 unknown channel order, another way of resizing than bilinear.
         """
         return super().preprocess(images, *args, **kwargs)
-
-    def process_image(self, image: Any, device: Any = None, **options) -> torch.Tensor:
-        """Any accepted picture -> uint8 [3, h, w], or with its own channels where it is not to be converted."""
-        pixels = as_rgb(image, **options)
-        return pixels if device is None else pixels.to(device)
 
     def _preprocess(
         self,

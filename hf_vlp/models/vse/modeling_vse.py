@@ -30,6 +30,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_vlp.distributed import gather_with_gradient, gather_without_gradient, rank, world_size
+from hf_vlp.layers.attention import AttendsInAnyWay
 from hf_vlp.layers.bottleneck_resnet import SMALLEST, BottleneckResNet, StridedBottleneck
 from hf_vlp.layers.initialization import InitializesEveryModule, torch_default_
 from hf_vlp.layers.normalization import MaskedBatchNorm, keep_statistics
@@ -44,7 +45,7 @@ NORM_EPS = 1e-8  # added to the norm of an embedding, `l2norm` of the released c
 STAGE = re.compile(r"\blayer(\d+)\.")  # of a parameter of a ResNet, also of timm's; the stem has none
 
 
-class VlpVsePreTrainedModel(InitializesEveryModule, PreTrainedModel):
+class VlpVsePreTrainedModel(InitializesEveryModule, AttendsInAnyWay, PreTrainedModel):
     """Initialisation and capabilities of every VSE-infinity class."""
 
     config: VlpVseConfig
@@ -53,10 +54,6 @@ class VlpVsePreTrainedModel(InitializesEveryModule, PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ["StridedBottleneck"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
