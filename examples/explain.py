@@ -78,7 +78,13 @@ def main() -> None:
         processor = AutoProcessor.from_pretrained(options.model)
         attends = hasattr(model, "cross_attention")
         if attends:
-            model = AutoModelForImageTextRetrieval.from_pretrained(options.model).to(device)
+            model, found = AutoModelForImageTextRetrieval.from_pretrained(options.model, output_loading_info=True)
+            if found["missing_keys"]:
+                parser.error(
+                    f"{options.model} has no weights {', '.join(sorted(found['missing_keys'])[:3])}, and the map is of the score of "
+                    f"matching: give a folder of pre-training, retrieval or grounding"
+                )
+            model = model.to(device)
             maps = picture_maps(model, processor, picture, options.text, phrases=options.word, layer=options.layer)
         elif options.layer is not None:
             parser.error("--layer is of models whose words attend to the image, and this one has no such layers")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers import (
+    AutoProcessor,
     BertConfig,
     BertModel,
     BertTokenizer,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 import hf_vlp
+from hf_vlp.data.tasks import ENTAILMENT
 from hf_vlp.training.recipe import RecipeError, load_recipe
 from tests.contract.documents import ROOT, Program, blocks, commands, header_commands, programs
 from tests.contract.loopback_hub import Hub, environment
@@ -56,10 +58,18 @@ def reader(tmp_path_factory) -> Path:
     for name in ("runs/vilt_vqa_emoji", "vilt-vqa"):
         save_tiny_vilt(folder / name, hf_vlp.VlpViltForVisualQuestionAnswering, **answers)
     save_tiny_vilt(folder / "runs" / "vilt_nlvr2_emoji", hf_vlp.VlpViltForVisualReasoning)
-    save_tiny_albef(folder / "runs" / "albef_grounding_emoji", hf_vlp.VlpAlbefForImageTextRetrieval)
-    save_tiny_albef(folder / "albef-vqa", hf_vlp.VlpAlbefForVisualQuestionAnswering, momentum_teacher=True)
+    for name in ("runs/albef_grounding_emoji", "runs/albef_retrieval_emoji", "albef-coco"):
+        save_tiny_albef(folder / name, hf_vlp.VlpAlbefForImageTextRetrieval)
+    for name in ("runs/albef_vqa_emoji", "albef-vqa"):
+        answering = save_tiny_albef(folder / name, hf_vlp.VlpAlbefForVisualQuestionAnswering, **answers)
+        model = hf_vlp.VlpAlbefForVisualQuestionAnswering.from_pretrained(answering)
+        model.set_answers(**AutoProcessor.from_pretrained(answering).encode_answers(list(ANSWERS)))
+        model.save_pretrained(answering)
+    save_tiny_albef(folder / "runs" / "albef_nlvr2_emoji", hf_vlp.VlpAlbefForVisualReasoning)
+    judged = {"id2label": {number: label for label, number in ENTAILMENT.items()}, "label2id": ENTAILMENT}
+    save_tiny_albef(folder / "runs" / "albef_ve_emoji", hf_vlp.VlpAlbefForVisualEntailment, **judged)
     done = [sys.executable, ROOT / "examples/data/scenes.py", "--output", folder / "scenes", "--scenes", "200"]
-    subprocess.run([*done, "--tasks", "captions", "vqa", "nlvr2", "referring"], check=True, capture_output=True)
+    subprocess.run([*done, "--tasks", "captions", "vqa", "nlvr2", "entailment", "referring"], check=True, capture_output=True)
     precomputed = folder / "data" / "coco" / "precomp"
     precomputed.mkdir(parents=True)
     np.save(precomputed / "testall_ims.npy", np.random.default_rng(0).random((6, 36, 2048), np.float32))

@@ -278,6 +278,17 @@ def attending(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_folder_of_another_task_has_no_map(explain, attending, tmp_path, capsys, monkeypatch):
+    VlpAlbefForImageTextRetrieval.from_pretrained(attending).albef.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(attending).save_pretrained(tmp_path)
+    words = ["--image", "a.png", "--text", "red", "--output", "a_map.png"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path), *words])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "has no weights itm_head.bias, itm_head.weight" in capsys.readouterr().err
+    assert not Path("a_map.png").exists()
+
+
 def test_the_script_shows_what_words_attend_to(explain, attending, capsys, monkeypatch):
     def run(*words) -> list[str]:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(attending), "--image", "a.png", *words])

@@ -6,7 +6,7 @@ Differences from the released code:
 1. BERT's halves are two modules, the text encoder and the fusion layers; the numbers are the same. The text encoder may be any other of
    transformers.
 2. With `image_ids` in the batch, texts of one image are all its own in contrast and never false in matching, in pre-training too
-   (`contrastive_targets="plain"` restores the paper's targets).
+   (`contrastive_targets="plain"` restores the paper's targets in pre-training, "exclude" leaves the others out of the sum).
 3. A batch whose texts are all of one image has no false pairs and teaches matching by its true ones; the original stops with an error, also
    where softmax leaves nothing beside the true pair.
 4. A batch without a masked word has a loss of 0 for that term; the original's is not a number.
@@ -14,10 +14,13 @@ Differences from the released code:
 6. The momentum copy moves once an optimizer step where the loop says when one begins (`before_step`), else in every training forward as
    in the original, which differs with gradient accumulation alone.
 7. In evaluation neither the copy moves nor the queue; losses can be measured without changing the model.
-8. False pairs are drawn by numbers that the batch may bring (`negative_draws`), not by a global generator.
+8. False pairs are drawn by numbers that the batch may bring (`negative_draws`, as the recipes do) or by a `generator`; by the global
+   generator only where neither is given. The same for text assignment (`assignment_draws`).
 9. Images of any size that whole patches cover: the position table is interpolated, other sizes are an error; the original accepts one size.
-10. Keys and values of an image are computed once for all texts that attend to it, the last block for the rows that are read,
-    vocabulary logits at masked words alone; on a CPU texts of similar length run together. Exact, but dropout draws other numbers.
+10. Keys and values of an image are computed once for all texts that attend to it, the last block for the rows that are read, vocabulary
+    logits at masked words alone. Plain and masked texts are encoded in one pass; of matching, true pairs and false texts are fused in one
+    pass and false images in another, where the original has true pairs in one and false ones in the other. On a CPU texts, and answers, of
+    similar length run together. Exact, but dropout draws other numbers.
 11. Reasoning over two images begins with a momentum copy of what was loaded; the original copies before it loads, and is taught at random.
 12. `rank_answers` compares no more answers than the list has; the original stops with an error where it is asked for more.
 13. Text assignment has neither temperature nor projection of texts, which its loss never reads.
