@@ -1,5 +1,7 @@
 """Sequences of different lengths without most of their padding: real positions first, those of similar length together."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
@@ -27,6 +29,32 @@ def group_sizes(lengths: torch.Tensor) -> list[int]:
     return sizes[::-1]
 
 
+def reach_of(mask: torch.Tensor) -> torch.Tensor:
+    """Positions up to the last that is 1, of `mask` [B, L]: [B]; 1 where none is."""
+    place = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask.ne(0) * place).amax(dim=1).clamp(min=1)
+
+
+def run_by_length(
+    lengths: torch.Tensor, width: int, run: Callable[[torch.Tensor | slice, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """States [B, width, D] of sequences of these `lengths` [B], those of similar length run together; behind what `run` gives are zeros.
+
+    Args:
+        run: (which sequences, their lengths) -> [G, W, D], W at most `width`. One group alone is a slice of all as they stand, of which
+            nothing is copied.
+    """
+    ranked, order = lengths.sort()
+    sizes = group_sizes(ranked)
+    if len(sizes) == 1:
+        groups, order = [(slice(None), lengths)], None
+    else:
+        groups = zip(order.split(sizes), ranked.split(sizes), strict=True)
+    found = [run(members, reach) for members, reach in groups]
+    states = torch.cat([nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in found])
+    return states if order is None else states[order.argsort()]
+
+
 def read_states(
     layers: nn.ModuleList, config, hidden_states: torch.Tensor, mask: torch.Tensor | None, rows: int | None = None
 ) -> torch.Tensor:
@@ -46,17 +74,14 @@ def read_states(
         return _run(layers, config, hidden_states, mask, rows)
     count, length, width = hidden_states.shape
     order = mask.eq(0).to(torch.int8).argsort(dim=1, stable=True)  # [B, N], of the real positions, then of the others
-    lengths, ranking = mask.ne(0).sum(dim=1).clamp(min=1).sort()
     packed = hidden_states.gather(1, order.unsqueeze(-1).expand(-1, -1, width)) if _is_mixed(mask) else hidden_states
-    kept = length if rows is None else rows
-    states = []
-    sizes = group_sizes(lengths)
-    for members, reach in zip(ranking.split(sizes), lengths.split(sizes), strict=True):
-        longest = int(reach[-1])
-        seen = None if int(reach[0]) == longest else torch.arange(longest)[None, :] < reach[:, None]
-        found = _run(layers, config, packed[members, :longest], None if seen is None else seen.long(), rows)
-        states.append(nn.functional.pad(found, (0, 0, 0, kept - found.shape[1])))
-    states = torch.cat(states)[ranking.argsort()]
+
+    def run(members: torch.Tensor | slice, reach: torch.Tensor) -> torch.Tensor:
+        longest = int(reach.max())
+        seen = None if int(reach.min()) == longest else torch.arange(longest)[None, :] < reach[:, None]
+        return _run(layers, config, packed[members, :longest], None if seen is None else seen.long(), rows)
+
+    states = run_by_length(mask.ne(0).sum(dim=1).clamp(min=1), length if rows is None else rows, run)
     if rows is None and _is_mixed(mask):
         back = order.argsort(dim=1)
         return states.gather(1, back.unsqueeze(-1).expand(-1, -1, width))

@@ -6,7 +6,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel
 
-from hf_vlp.layers.packing import group_sizes
+from hf_vlp.layers.packing import reach_of, run_by_length
 
 
 def build_tower(config, pooler: bool) -> PreTrainedModel:
@@ -64,19 +64,13 @@ def token_states(
     """
     if attention_mask is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return tower(input_ids=input_ids, attention_mask=seen).last_hidden_state
-    place = torch.arange(1, input_ids.shape[1] + 1)
-    # one behind the last token of each text; a text without any runs as one of a single token
-    ends, order = (attention_mask.ne(0) * place).amax(dim=1).clamp(min=1).sort()
-    sizes = group_sizes(ends)
-    if len(sizes) == 1:
-        return tower(input_ids=input_ids, attention_mask=seen).last_hidden_state
-    states = []
-    for rows, reach in zip(order.split(sizes), ends.split(sizes), strict=True):
-        longest = int(reach[-1])
+
+    def run(rows: torch.Tensor | slice, reach: torch.Tensor) -> torch.Tensor:
+        longest = int(reach.max())
         mask = None if seen is None else seen[rows, :longest]
-        short = tower(input_ids=input_ids[rows, :longest], attention_mask=mask).last_hidden_state
-        states.append(torch.nn.functional.pad(short, (0, 0, 0, input_ids.shape[1] - longest)))
-    return torch.cat(states)[order.argsort()]
+        return tower(input_ids=input_ids[rows, :longest], attention_mask=mask).last_hidden_state
+
+    return run_by_length(reach_of(attention_mask), input_ids.shape[1], run)
 
 
 def require_pairs(**sides: torch.Tensor | None) -> None:

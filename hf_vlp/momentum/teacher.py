@@ -6,6 +6,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,9 +77,7 @@ class MomentumTeacher(nn.Module):
         Raises:
             ValueError: see `update`.
         """
-        for named in (nn.Module.named_parameters, nn.Module.named_buffers):
-            for own, other in self._pairs(students, named):
-                init.copy_(own, other)
+        self._take(students, init.copy_)
 
     @torch.no_grad()
     def become(self, **students: nn.Module) -> None:
@@ -87,9 +86,13 @@ class MomentumTeacher(nn.Module):
         Raises:
             ValueError: see `update`.
         """
+        self._take(students, torch.Tensor.copy_)
+
+    def _take(self, students: dict[str, nn.Module], put: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+        """Every parameter and buffer, by `put` of the second tensor into the first."""
         for named in (nn.Module.named_parameters, nn.Module.named_buffers):
             for own, other in self._pairs(students, named):
-                own.copy_(other)
+                put(own, other)
 
     def _pairs(
         self,

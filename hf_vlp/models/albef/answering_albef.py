@@ -11,7 +11,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 
 from hf_vlp.layers.attention import mask_of_keys
 from hf_vlp.layers.heads import MaskedTokenHead
-from hf_vlp.layers.packing import group_sizes
+from hf_vlp.layers.packing import run_by_length
 from hf_vlp.layers.text_embeddings import TextEmbeddings
 from hf_vlp.layers.towers import require_shape
 from hf_vlp.models.albef.configuration_albef import VlpAlbefConfig
@@ -261,13 +261,12 @@ class VlpAlbefForVisualQuestionAnswering(VlpAlbefTask):
         if ids.device.type != "cpu" or torch.compiler.is_compiling():
             return self.answer_decoder(ids, question_states, question_mask)
         each = len(ids) // len(question_states)
-        lengths, order = lengths.sort()
-        states, sizes = [], group_sizes(lengths)
-        for members, reach in zip(order.split(sizes), lengths.split(sizes), strict=True):
-            short = ids[members, : int(reach[-1])]
-            found = self.answer_decoder(short, question_states, question_mask, members // each)
-            states.append(nn.functional.pad(found, (0, 0, 0, ids.shape[1] - short.shape[1])))
-        return torch.cat(states)[order.argsort()]
+
+        def run(members: torch.Tensor | slice, reach: torch.Tensor) -> torch.Tensor:
+            question = None if isinstance(members, slice) else members // each
+            return self.answer_decoder(ids[members, : int(reach.max())], question_states, question_mask, question)
+
+        return run_by_length(lengths, ids.shape[1], run)
 
     def _log_probability(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """[M, D] and [M] -> [M], of each target behind its state; few logits are held at a time."""

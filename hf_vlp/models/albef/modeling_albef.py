@@ -48,7 +48,7 @@ from hf_vlp.layers.blocks import Block
 from hf_vlp.layers.encoder import Encoder
 from hf_vlp.layers.initialization import InitializesEveryModule, torch_default_
 from hf_vlp.layers.logit_scale import Temperature
-from hf_vlp.layers.packing import group_sizes
+from hf_vlp.layers.packing import reach_of, run_by_length
 from hf_vlp.layers.patch_embedding import PatchEmbedding, resize_position_table
 from hf_vlp.layers.pooling import unit_rows
 from hf_vlp.layers.post_norm import KeyValues, PostNormBlock
@@ -338,24 +338,17 @@ class VlpAlbefFusionEncoder(nn.Module):
         """
         if attention_mask is None or text_embeds.device.type != "cpu" or torch.compiler.is_compiling():
             return self(text_embeds, attention_mask, images_of_texts(images, image_index), rows)
-        place = torch.arange(1, attention_mask.shape[1] + 1)
-        lengths, order = (attention_mask.ne(0) * place).amax(dim=1).clamp(min=1).sort()  # up to the last real word
-        kept = text_embeds.shape[1] if rows is None else rows
-        states, sizes = [], group_sizes(lengths)
         count = len(images[0][0])
-        if len(sizes) == 1:
-            longest = int(lengths[-1])
-            short = text_embeds[:, :longest], attention_mask[:, :longest]
-            found = self(*short, images_of_texts(images, image_index), rows)
-            return nn.functional.pad(found, (0, 0, 0, kept - found.shape[1]))
-        if image_index is None and count > 1:
-            image_index = torch.arange(count).repeat_interleave(len(text_embeds) // count)
-        for members, reach in zip(order.split(sizes), lengths.split(sizes), strict=True):
-            longest = int(reach[-1])
+
+        def run(members: torch.Tensor | slice, reach: torch.Tensor) -> torch.Tensor:
+            longest = int(reach.max())
+            index = None if image_index is None else image_index[members]
+            if index is None and count > 1 and not isinstance(members, slice):  # they are neighbours no more
+                index = members // (len(text_embeds) // count)
             short = text_embeds[members, :longest], attention_mask[members, :longest]
-            found = self(*short, images_of_texts(images, None if image_index is None else image_index[members]), rows)
-            states.append(nn.functional.pad(found, (0, 0, 0, kept - found.shape[1])))
-        return torch.cat(states)[order.argsort()]
+            return self(*short, images_of_texts(images, index), rows)
+
+        return run_by_length(reach_of(attention_mask), text_embeds.shape[1] if rows is None else rows, run)
 
 
 def images_of_texts(images: list[KeyValues], image_index: torch.Tensor | slice | None) -> list[KeyValues]:
